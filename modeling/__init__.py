@@ -1,0 +1,51 @@
+"""Lamoe: mixture of experts + multi-head latent attention for plain Transformers.
+
+Importing the package registers the model with Transformers' Auto classes, under the name `lamoe`.
+"""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+from transformers.models.auto import modeling_auto
+
+from .balance import BalanceCallback
+from .configuration_lamoe import LamoeConfig
+from .modeling_lamoe import (
+    LamoeForCausalLM,
+    LamoeForSequenceClassification,
+    LamoeForTokenClassification,
+    LamoeModel,
+    LamoePreTrainedModel,
+)
+
+AutoConfig.register(LamoeConfig.model_type, LamoeConfig, exist_ok=True)
+for auto_class, model_class, names in (
+    (AutoModel, LamoeModel, modeling_auto.MODEL_MAPPING_NAMES),
+    (AutoModelForCausalLM, LamoeForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    (
+        AutoModelForSequenceClassification,
+        LamoeForSequenceClassification,
+        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    ),
+    (
+        AutoModelForTokenClassification,
+        LamoeForTokenClassification,
+        modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    ),
+):
+    auto_class.register(LamoeConfig, model_class, exist_ok=True)
+    names.setdefault(LamoeConfig.model_type, model_class.__name__)  # Trainer and pipelines look classes up by name
+
+__all__ = [
+    "BalanceCallback",
+    "LamoeConfig",
+    "LamoeForCausalLM",
+    "LamoeForSequenceClassification",
+    "LamoeForTokenClassification",
+    "LamoeModel",
+    "LamoePreTrainedModel",
+]

@@ -1,0 +1,350 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1), eager: this file is the specification.
+
+Letters: B batch, T new tokens, S cached + new, D hidden, H heads, C latent rank, P plain and R rotary width of a
+query-key head, V value width. What is cached is the normalised latent c [B, 1, S, C] and the rotated key k
+[B, 1, S, R] that all heads share; keys and values are never cached. Two forms of the same function:
+
+- expanded (many new tokens): keys and values are made from c, and Transformers' attention interface does the rest;
+- absorbed (few new tokens): W_UK goes into the query and W_UV into the output, and attention runs over c and k.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
+from transformers.utils.generic import is_flash_attention_requested
+
+from .precision import KeepsFloat32
+
+logger = logging.get_logger(__name__)
+
+# Scores held at once by the absorbed form, over all batch rows, heads and tokens: 16 MiB in float32. Longer contexts
+# are taken in chunks of keys and merged by their log-sum-exp, so that peak memory grows with neither H nor S.
+MAX_SCORES = 2**22
+
+
+class LamoeRMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis; the mean square in float32 (float64 for a float64 model)."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        normed = F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+        return normed.to(hidden_states.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+class LamoeRotaryEmbedding(KeepsFloat32, nn.Module):
+    """Angles of the rotary pairs: every rope type of Transformers, YaRN's magnitude included."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type = config.rope_parameters["rope_type"]
+        inv_freq, self.attention_scaling = self.rope_init_fn(config)
+        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
+        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
+
+    @property
+    def rope_init_fn(self) -> Callable:
+        """The function config -> (inverse frequencies [R/2] float32, magnitude)."""
+        if self.rope_type == "default":
+            return self.compute_default_rope_parameters
+        return ROPE_INIT_FUNCTIONS[self.rope_type]
+
+    @staticmethod
+    def compute_default_rope_parameters(config, device=None, **kwargs) -> tuple[Tensor, float]:
+        """theta^(-2i/R) for pair i (arXiv 2104.09864, eq. 15)."""
+        width = config.qk_rope_head_dim
+        powers = torch.arange(0, width, 2, dtype=torch.float, device=device) / max(width, 1)
+        return 1.0 / config.rope_parameters["rope_theta"] ** powers, 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of `position_ids` [B, T]: two of [B, T, R/2], float32 (float64 for a float64 model)."""
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        angles = position_ids[..., None].float() * self.inv_freq.to(hidden_states.device)
+        return (angles.cos() * self.attention_scaling).to(dtype), (angles.sin() * self.attention_scaling).to(dtype)
+
+
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Turn each rotary pair of `x` by its token's angle (arXiv 2104.09864, eq. 34).
+
+    Args:
+        x: [B, H, T, R]; pair i is (x[2i], x[2i + 1]) if `interleaved`, else (x[i], x[R/2 + i]).
+        cos, sin: [B, T, R/2].
+
+    Returns:
+        [B, H, T, R] in `x`'s dtype, computed in that of `cos`; pair i comes back as (y[i], y[R/2 + i]) in both cases,
+        which no score can tell, since queries and keys agree.
+    """
+    first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def attention_scale(config) -> float:
+    """1/sqrt(P + R), times YaRN's squared magnitude where `mscale_all_dim` asks for it (DeepSeek-V2, 3.1.4)."""
+    scale = config.qk_head_dim**-0.5
+    rope = config.rope_parameters
+    if rope["rope_type"] != "default" and rope.get("mscale_all_dim") and rope.get("factor", 1) > 1:
+        scale *= (0.1 * rope["mscale_all_dim"] * math.log(rope["factor"]) + 1.0) ** 2
+    return scale
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Plain attention over expanded heads, the form that can return its weights.
+
+    Args:
+        query: [B, H, T, P + R]; key: [B, H, S, P + R]; value: [B, H, S, V].
+        attention_mask: additive [B, 1, T, S], or None.
+
+    Returns:
+        [B, T, H, V], and the weights [B, H, T, S].
+    """
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+def absorbed_attention(
+    q_BHTC: Tensor,
+    q_BHTR: Tensor,
+    c_BSC: Tensor,
+    k_BSR: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    return_weights: bool = False,
+    max_scores: int = MAX_SCORES,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of latent queries over the latent cache, softmax(q·cᵀ + q_rot·kᵀ)·c (DeepSeek-V2, appendix C).
+
+    Args:
+        q_BHTC, q_BHTR: queries after W_UK [B, H, T, C], and rotated queries [B, H, T, R].
+        c_BSC, k_BSR: latents [B, S, C] and rotated keys [B, S, R] of all tokens.
+        mask: [B or 1, 1, T, S], boolean (True is seen) or additive; None lets every token see every key.
+        dropout: share of the weights that is dropped; the caller passes 0 outside training.
+        max_scores: how many scores may be held at once; longer contexts are taken in chunks of keys.
+
+    Returns:
+        [B, H, T, C] in `q_BHTC`'s dtype, and the weights [B, H, T, S] if `return_weights`.
+    """
+    B, H, T, C = q_BHTC.shape
+    S = c_BSC.shape[1]
+    rows_BXC, rows_BXR = q_BHTC.reshape(B, H * T, C), q_BHTR.reshape(B, H * T, -1)
+    exact = torch.promote_types(q_BHTC.dtype, torch.float32)
+
+    def scores(start: int, stop: int) -> Tensor:
+        plain = torch.bmm(rows_BXC, c_BSC[:, start:stop].mT)
+        both = torch.baddbmm(plain, rows_BXR, k_BSR[:, start:stop].mT) if rows_BXR.shape[-1] else plain
+        both = both.view(B, H, T, stop - start).to(exact) * scaling
+        if mask is None:
+            return both
+        seen = mask[..., start:stop]
+        return both.masked_fill(~seen, torch.finfo(exact).min) if seen.dtype == torch.bool else both + seen
+
+    chunk = max(256, max_scores // max(B * H * T, 1))
+    if chunk >= S or return_weights:
+        weights = F.dropout(torch.softmax(scores(0, S), dim=-1).to(q_BHTC.dtype), dropout, training=dropout > 0)
+        out = torch.bmm(weights.view(B, H * T, S), c_BSC).view(B, H, T, C)
+        return out, weights if return_weights else None
+
+    top = q_BHTC.new_full((B, H, T, 1), -math.inf, dtype=exact)
+    mass = q_BHTC.new_zeros((B, H, T, 1), dtype=exact)
+    out = q_BHTC.new_zeros((B, H, T, C), dtype=exact)
+    for start in range(0, S, chunk):
+        stop = min(start + chunk, S)
+        s = scores(start, stop)
+        higher = torch.maximum(top, s.amax(-1, keepdim=True))
+        weights = torch.exp(s - higher)
+        fade = torch.exp(top - higher)
+        mass = mass * fade + weights.sum(-1, keepdim=True)
+        weights = F.dropout(weights.to(q_BHTC.dtype), dropout, training=dropout > 0)
+        out = out * fade + torch.bmm(weights.view(B, H * T, stop - start), c_BSC[:, start:stop]).view(B, H, T, C)
+        top = higher
+    return (out / mass).to(q_BHTC.dtype), None
+
+
+class LamoeAttention(nn.Module):
+    """Latent attention of one decoder layer, with DeepSeek's parameter names."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.kv_lora_rank = config.kv_lora_rank
+        self.query_widths = (config.qk_nope_head_dim, config.qk_rope_head_dim)
+        self.latent_widths = (config.kv_lora_rank, config.qk_rope_head_dim)
+        self.expanded_widths = (config.qk_nope_head_dim, config.v_head_dim)
+        self.scaling = attention_scale(config)
+        self.attention_dropout = config.attention_dropout
+        self.num_key_value_groups = 1
+        self.is_causal = True
+
+        hidden, heads, bias = config.hidden_size, config.num_attention_heads, config.attention_bias
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(hidden, heads * config.qk_head_dim, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=bias)
+            self.q_a_layernorm = LamoeRMSNorm(config.q_lora_rank)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, heads * config.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, sum(self.latent_widths), bias=bias)
+        self.kv_a_layernorm = LamoeRMSNorm(config.kv_lora_rank)
+        self.kv_b_proj = nn.Linear(config.kv_lora_rank, heads * sum(self.expanded_widths), bias=False)
+        self.o_proj = nn.Linear(heads * config.v_head_dim, hidden, bias=bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values=None,
+        mla_form: str | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from `hidden_states` [B, T, D] over the cache and itself: ([B, T, D], weights or None).
+
+        Args:
+            position_embeddings: cosines and sines [B, T, R/2].
+            attention_mask: as the attention implementation of the configuration wants it.
+            past_key_values: a Transformers cache; or None, with a paged cache as the keyword `cache`.
+            mla_form: overrides `config.mla_form`.
+        """
+        q_BHTP, q_BHTR = self._queries(hidden_states).split(self.query_widths, dim=-1)
+        c, k = self.kv_a_proj_with_mqa(hidden_states).split(self.latent_widths, dim=-1)
+        c, k = self.kv_a_layernorm(c).unsqueeze(1), k.unsqueeze(1)
+        q_BHTR, k = (rotate_pairs(x, *position_embeddings, self.config.rope_interleave) for x in (q_BHTR, k))
+
+        pages = kwargs.pop("cache", None)
+        if pages is not None:
+            c, k = self._update_pages(c, k, pages, kwargs)
+        elif past_key_values is not None:
+            c, k = past_key_values.update(c, k, self.layer_idx)
+
+        weight = self._absorbable(mla_form or self.config.mla_form, hidden_states, c, attention_mask, pages)
+        if weight is None:
+            out, weights = self._expanded(q_BHTP, q_BHTR, c, k, attention_mask, kwargs)
+        else:
+            out, weights = self._absorbed(q_BHTP, q_BHTR, c, k, weight, attention_mask, kwargs)
+        return self.o_proj(out.flatten(2)), weights
+
+    def _queries(self, hidden_states: Tensor) -> Tensor:
+        if self.config.q_lora_rank is None:
+            queries = self.q_proj(hidden_states)
+        else:
+            queries = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+        return queries.unflatten(-1, (-1, sum(self.query_widths))).transpose(1, 2)  # heads are fewer under TP
+
+    def _update_pages(self, c: Tensor, k: Tensor, pages, kwargs) -> tuple[Tensor, Tensor]:
+        """Continuous batching: half of [c; k] lies in the pages' key slots, half in their value slots."""
+        latent = torch.cat((c, k), dim=-1)
+        latent = F.pad(latent, (0, latent.shape[-1] % 2))
+        first, second = latent.chunk(2, dim=-1)
+        first, second = pages.update(first, second, self.layer_idx, kwargs)
+        latent = torch.cat((first, second), dim=-1)
+        return latent[..., : self.kv_lora_rank], latent[..., self.kv_lora_rank : sum(self.latent_widths)]
+
+    def _expanded(self, q_BHTP, q_BHTR, c, k, attention_mask, kwargs) -> tuple[Tensor, Tensor | None]:
+        expanded = self.kv_b_proj(c.squeeze(1)).unflatten(-1, (-1, sum(self.expanded_widths))).transpose(1, 2)
+        key_BHSP, value_BHSV = expanded.split(self.expanded_widths, dim=-1)
+        key = torch.cat((key_BHSP, k.expand(-1, key_BHSP.shape[1], -1, -1)), dim=-1)
+        name = self.config._attn_implementation
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            "eager" if name == "paged|eager" else name, eager_attention_forward
+        )
+        return attend(
+            self,
+            torch.cat((q_BHTP, q_BHTR), dim=-1),
+            key,
+            value_BHSV,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+
+    def _absorbable(self, form: str, hidden_states: Tensor, c: Tensor, mask, pages) -> Tensor | None:
+        """The weight [H, P + V, C] of `kv_b_proj` if this call is to be absorbed, else None."""
+        T, S = hidden_states.shape[1], c.shape[2]
+        if form == "expanded" or (form == "auto" and (S == T or self.config.absorb_limit < T)):
+            return None
+        if mask is None and T > 1 and is_flash_attention_requested(self.config):
+            return None  # causality and sequence borders are the flash kernels' own business
+        reason = unreadable_weight(self.kv_b_proj, hidden_states)
+        if reason:
+            if not torch.compiler.is_compiling():
+                logger.warning_once(
+                    f"kv_b_proj {reason}, so its weight cannot be absorbed: each step expands the whole context."
+                    " Merge the adapter or dequantise kv_b_proj to decode without expansion."
+                )
+            return None
+        return self.kv_b_proj.weight.view(-1, sum(self.expanded_widths), self.kv_lora_rank)
+
+    def _absorbed(self, q_BHTP, q_BHTR, c, k, weight, attention_mask, kwargs) -> tuple[Tensor, Tensor | None]:
+        up_key_HPC, up_value_HVC = weight.to(q_BHTP.dtype).split(self.expanded_widths, dim=1)
+        T, S = q_BHTP.shape[2], c.shape[2]
+        causal = kwargs.get("is_causal")
+        mask = _dense_mask(attention_mask, T, S, q_BHTP.device, self.is_causal if causal is None else causal)
+        out_BHTC, weights = absorbed_attention(
+            torch.matmul(q_BHTP, up_key_HPC),
+            q_BHTR,
+            c.squeeze(1),
+            k.squeeze(1),
+            mask,
+            self.scaling,
+            self.attention_dropout if self.training else 0.0,
+            kwargs.get("output_attentions", self.config.output_attentions),
+        )
+        return torch.matmul(out_BHTC, up_value_HVC.mT).transpose(1, 2), weights
+
+
+def unreadable_weight(projection: nn.Module, hidden_states: Tensor) -> str | None:
+    """Why the effective weight of `projection` is not simply its `weight`; None if it is."""
+    if type(projection) is not nn.Linear:
+        return f"is a {type(projection).__name__}"
+    if projection._forward_hooks or projection._forward_pre_hooks or hasattr(projection, "_hf_hook"):
+        return "has hooks"
+    weight = projection.weight
+    if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point():
+        return f"holds a {type(weight).__name__} of {weight.dtype}"
+    if weight.device != hidden_states.device:
+        return f"lies on {weight.device}"
+    return None
+
+
+def _dense_mask(mask, T: int, S: int, device, causal: bool) -> Tensor | None:
+    """Any mask that Transformers makes, as [B or 1, 1, T, S] (boolean or additive), or None if all is seen."""
+    if hasattr(mask, "mask_mod"):  # flex_attention's BlockMask
+        from torch.nn.attention.flex_attention import create_mask
+
+        return create_mask(mask.mask_mod, mask.shape[0], 1, T, S, device=device)
+    if mask is not None and mask.dim() == 4:
+        return mask[..., :S]
+    if not causal or T == 1:
+        past_and_self = None
+    else:
+        # Without any mask the first new token is the first of the cache, as for SDPA's is_causal; with a padding mask
+        # (flash attention) the last new token is the last of the cache.
+        shift = 0 if mask is None else mask.shape[-1] - T
+        past_and_self = torch.ones(T, S, dtype=torch.bool, device=device).tril(shift)[None, None]
+    if mask is None:
+        return past_and_self
+    seen = F.pad(mask.bool(), (0, S - mask.shape[-1]))[:, None, None]
+    return seen if past_and_self is None else seen & past_and_self

@@ -1,0 +1,390 @@
+"""The Lamoe model: decoder layers, model, heads, losses and what Transformers wants to know about them.
+
+Parameter names are DeepSeek-V3's. Attention is in attention.py, experts in moe.py.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.utils import can_return_tuple, logging
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .attention import LamoeAttention, LamoeRMSNorm, LamoeRotaryEmbedding, unreadable_weight
+from .configuration_lamoe import LamoeConfig
+from .generation import LatentBatchingMixin
+from .losses import next_token_loss, router_losses
+from .moe import LamoeExperts, LamoeMLP, LamoeMoE, LamoeTopkRouter
+
+logger = logging.get_logger(__name__)
+
+# On disk there is one tensor an expert, in memory one for all (FACTS: DeepSeek's names): merged while loading, split
+# again while saving. Without this entry experts would stay random with a mere report.
+register_checkpoint_conversion_mapping(
+    LamoeConfig.model_type,
+    [
+        WeightConverter(
+            source_patterns=["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"],
+            target_patterns="mlp.experts.gate_up_proj",
+            operations=[MergeModulelist(dim=0), Concatenate(dim=1)],
+        ),
+        WeightConverter(
+            source_patterns="mlp.experts.*.down_proj.weight",
+            target_patterns="mlp.experts.down_proj",
+            operations=[MergeModulelist(dim=0)],
+        ),
+    ],
+    overwrite=True,
+)
+
+
+class LamoeDecoderLayer(GradientCheckpointingLayer):
+    """Attention, then experts (or a dense feed-forward), each behind its norm and beside its residual."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.self_attn = LamoeAttention(config, layer_idx)
+        sparse = layer_idx in config.moe_layers
+        self.mlp = LamoeMoE(config, layer_idx) if sparse else LamoeMLP(config, config.intermediate_size)
+        self.input_layernorm = LamoeRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = LamoeRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None, **kwargs) -> Tensor:
+        """[B, T, D] to [B, T, D]; `token_mask` [B, T] is False at padding, the rest goes to the attention."""
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        normed = self.post_attention_layernorm(hidden_states)
+        fed = self.mlp(normed, token_mask) if isinstance(self.mlp, LamoeMoE) else self.mlp(normed)
+        return hidden_states + fed
+
+
+class LamoePreTrainedModel(PreTrainedModel):
+    """What all Lamoe models share: initialisation, plans, and the flags that Transformers' tools rely on."""
+
+    config: LamoeConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LamoeDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": LamoeDecoderLayer,
+        "attentions": LamoeAttention,
+        "router_logits": OutputRecorder(LamoeTopkRouter, index=0),
+    }
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias", "mlp.gate.weight"]
+
+    def __init__(self, config, *inputs, **kwargs):
+        super().__init__(config, *inputs, **kwargs)
+        # Layers past the last are the checkpoint's multi-token-prediction layers.
+        first, extra = config.num_hidden_layers, config.num_nextn_predict_layers
+        beyond = "|".join(str(i) for i in range(first, first + max(extra, 1)))
+        self._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.({beyond})\."]
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # Transformers looks for this in the source of the class's own file; ours is in attention.py
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # likewise, in moe.py
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, LamoeTopkRouter):
+            module.reset_parameters()
+        elif isinstance(module, LamoeExperts):
+            module.reset_parameters(self.config.initializer_range)
+
+    @property
+    def routers(self) -> list[LamoeTopkRouter]:
+        """The routers of all layers that have experts, in order."""
+        return [module for module in self.modules() if isinstance(module, LamoeTopkRouter)]
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """Each rank counts its own tokens; DistributedDataParallel must not broadcast rank 0's counts over them."""
+        return [name for name, _ in self.named_buffers() if name.endswith((".tokens_per_expert", ".nonfinite"))]
+
+    @torch.no_grad()
+    def update_router_bias(self, speed: float = 1e-3, group=None) -> list[Tensor]:
+        """Move every correction bias towards balance, once per optimizer step: b += speed · sign(mean - count).
+
+        Counts are of all tokens routed in training since the last call, summed over accumulation steps and over the
+        ranks of `group`, without padding and recomputation (DeepSeek-V3, arXiv 2412.19437, section 2.1.2). They start
+        anew afterwards.
+
+        Args:
+            speed: step of the bias; 0 only collects the counts.
+            group: data-parallel process group; None is the default one, if there is one.
+
+        Returns:
+            for each layer with experts the counts [E] that were used, int64.
+        """
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        used = []
+        for router in self.routers:
+            counts = router.tokens_per_expert.clone()
+            if distributed:
+                torch.distributed.all_reduce(counts, group=group)
+            if speed and self.config.topk_method == "noaux_tc":
+                router.e_score_correction_bias.add_(torch.sign(counts.float().mean() - counts), alpha=speed)
+            router.reset_counts()
+            used.append(counts)
+        return used
+
+
+class LamoeModel(LamoePreTrainedModel):
+    """Embedding, decoder layers and final norm."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(LamoeDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = LamoeRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = LamoeRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.forwards_in_training = 0
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        mla_form: str | None = None,
+        **kwargs,
+    ) -> MoeModelOutputWithPast:
+        """Hidden states [B, T, D] of `input_ids` [B, T] or `inputs_embeds` [B, T, D].
+
+        Args:
+            attention_mask: [B, S], 0 at padding; or a ready mask [B, 1, T, S].
+            position_ids: [B, T]; several sequences packed in a row each start anew at 0.
+            mla_form: "expanded" or "absorbed" overrides `config.mla_form`.
+
+        Raises:
+            ValueError: not exactly one of `input_ids` and `inputs_embeds`; or a router saw NaN or infinite values and
+                `config.router_nonfinite` is "raise".
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        T = inputs_embeds.shape[1]
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(T, device=inputs_embeds.device) + seen).unsqueeze(0)
+
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        token_mask = None
+        if self.training and attention_mask is not None and attention_mask.dim() == 2:
+            token_mask = attention_mask[:, -T:].bool()
+
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                token_mask=token_mask,
+                position_embeddings=position_embeddings,
+                attention_mask=causal_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                mla_form=mla_form,
+                **kwargs,
+            )
+        self._refuse_nonfinite()
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _refuse_nonfinite(self):
+        """Raise if a router's logits were not finite: the tokens would all go to the same experts without an error."""
+        if self.config.router_nonfinite != "raise" or torch.compiler.is_compiling():
+            return
+        self.forwards_in_training += self.training
+        flags = [layer.mlp.gate.nonfinite for layer in self.layers if isinstance(layer.mlp, LamoeMoE)]
+        if not flags or flags[0].device.type == "meta":
+            return
+        if flags[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        bad = torch.stack([flag.to(flags[0].device) for flag in flags])
+        if bad.any():
+            layer = self.config.moe_layers[int(bad.nonzero()[0])]
+            when = f"in training forward {self.forwards_in_training}" if self.training else "in evaluation"
+            raise ValueError(
+                f"The router of layer {layer} got NaN or infinite values {when}. Train in bfloat16, not float16,"
+                " lower the learning rate, or look at the batch; router_nonfinite='zero' keeps such tokens out of the"
+                " experts, 'ignore' routes them as they are."
+            )
+
+
+class LamoeForCausalLM(LatentBatchingMixin, LamoePreTrainedModel, GenerationMixin):
+    """Lamoe with a language-model head: trains with `labels`, generates with `generate` and `generate_batch`."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = LamoeModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        skip_logits: bool | None = None,
+        mla_form: str | None = None,
+        **kwargs,
+    ) -> MoeCausalLMOutputWithPast:
+        """Logits [B, T, vocabulary] of the next token, and the loss if there are `labels` [B, T] (-100 is no target).
+
+        In training the loss includes the balancing loss and the z-loss of the router, with the weights of the
+        configuration and the scale of `losses.router_losses`; `aux_loss` is the former, unweighted.
+
+        Args:
+            output_router_logits: also return each layer's router logits [B·T, E]; None takes the configuration's.
+            logits_to_keep: compute only the last so many logits (0 is all), or those at these positions.
+            skip_logits: with labels, never hold the logits, and return None for them; None takes the configuration's
+                in training.
+            mla_form: as for `LamoeModel.forward`.
+        """
+        config = self.config
+        if output_router_logits is None:
+            output_router_logits = config.output_router_logits
+        balanced = self.training and labels is not None and bool(config.aux_loss_alpha or config.router_z_loss_coef)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            mla_form=mla_form,
+            output_router_logits=output_router_logits or balanced,
+            **kwargs,
+        )
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+
+        loss = logits = aux_loss = None
+        if labels is not None and (config.skip_logits and self.training if skip_logits is None else skip_logits):
+            loss = self._loss_without_logits(hidden_states, labels, **kwargs)
+        if loss is None:
+            logits = self.lm_head(hidden_states)
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=config.vocab_size, **kwargs)
+        if outputs.router_logits and labels is not None:
+            aux_loss, added = self._router_losses(outputs.router_logits, labels, attention_mask, **kwargs)
+            loss = loss + added.to(loss.device) if balanced else loss
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits if output_router_logits else None,
+        )
+
+    def _loss_without_logits(self, hidden_states, labels, num_items_in_batch=None, shift_labels=None, **kwargs):
+        if unreadable_weight(self.lm_head, hidden_states):
+            logger.warning_once("lm_head is wrapped, so the loss is computed from its logits.")
+            return None
+        return next_token_loss(hidden_states, self.lm_head.weight, labels, num_items_in_batch, shift_labels)
+
+    def _router_losses(self, router_logits, labels, attention_mask, num_items_in_batch=None, shift_labels=None, **_):
+        if self.training and self.model.gradient_checkpointing and not any(x.requires_grad for x in router_logits):
+            logger.warning_once(
+                "Reentrant gradient checkpointing gives the balancing loss no gradient; pass "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
+        token_mask = None
+        if attention_mask is not None and attention_mask.dim() == 2:
+            token_mask = attention_mask[:, -labels.shape[1] :].bool()
+        targets = labels if shift_labels is None else shift_labels
+        return router_losses(
+            router_logits, targets, token_mask, num_items_in_batch, self.config, shift_labels is not None
+        )
+
+
+class LamoeForSequenceClassification(GenericForSequenceClassification, LamoePreTrainedModel):
+    """Lamoe with one label a sequence, read at its last token."""
+
+    def __init__(self, config):
+        LamoePreTrainedModel.__init__(self, config)  # the generic one goes through AutoModel, which remote code fails
+        self.num_labels = config.num_labels
+        self.model = LamoeModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class LamoeForTokenClassification(GenericForTokenClassification, LamoePreTrainedModel):
+    """Lamoe with a label for each token."""
+
+    def __init__(self, config):
+        LamoePreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = LamoeModel(config)
+        self.dropout = nn.Dropout(getattr(config, "classifier_dropout", None) or 0.1)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+# Saving any of these copies the code into the folder, where `trust_remote_code=True` finds it.
+LamoeConfig.register_for_auto_class()
+LamoeModel.register_for_auto_class("AutoModel")
+LamoeForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+LamoeForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+LamoeForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
+
+__all__ = [
+    "LamoeConfig",
+    "LamoeForCausalLM",
+    "LamoeForSequenceClassification",
+    "LamoeForTokenClassification",
+    "LamoeModel",
+    "LamoePreTrainedModel",
+]

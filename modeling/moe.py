@@ -1,0 +1,193 @@
+"""Router, experts and their sum, eager: this file is the specification of the fused paths.
+
+Letters: N tokens, D hidden, E routed experts, K experts a token, F expert width. Formulas: DeepSeek-V3 (arXiv
+2412.19437) eq. 12-16, DeepSeek-V2 (arXiv 2405.04434) eq. 20-22 and section 2.2.2 for its groups.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.integrations import use_experts_implementation
+
+from .precision import KeepsFloat32
+
+
+def expert_scores(logits_NE: Tensor, scoring_func: str) -> Tensor:
+    """Affinity of each token to each expert: softmax or sigmoid of the router's logits, in their dtype."""
+    return logits_NE.softmax(dim=-1) if scoring_func == "softmax" else logits_NE.sigmoid()
+
+
+def select_experts(scores_NE: Tensor, bias_E: Tensor | None, config) -> Tensor:
+    """The K experts of each token, [N, K] int64, unordered.
+
+    Args:
+        scores_NE: affinities, positive.
+        bias_E: correction bias, added for the selection only; None is zero.
+        config: `topk_method`, `n_group`, `topk_group`, `num_experts_per_tok`.
+    """
+    choice = scores_NE if bias_E is None else scores_NE + bias_E
+    if config.topk_method != "greedy" and config.n_group > 1:
+        grouped = choice.unflatten(-1, (config.n_group, -1))
+        if config.topk_method == "noaux_tc":
+            group_scores = grouped.topk(2, dim=-1).values.sum(dim=-1)
+        else:
+            group_scores = grouped.amax(dim=-1)
+        best = group_scores.topk(config.topk_group, dim=-1, sorted=False).indices
+        closed = torch.ones_like(group_scores, dtype=torch.bool).scatter(1, best, False)
+        choice = grouped.masked_fill(closed.unsqueeze(-1), float("-inf")).flatten(-2)
+    return choice.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
+
+
+class LamoeTopkRouter(KeepsFloat32, nn.Module):
+    """Scores, selection and weights of the routed experts, in float32 whatever autocast and `.to()` say.
+
+    `tokens_per_expert` [E] counts what training has routed since the last `reset_counts`: without padding, and without
+    the second run of gradient checkpointing. `nonfinite`: logits of the last forward were NaN or infinite.
+    """
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size, dtype=torch.float32))
+        if config.topk_method == "noaux_tc":
+            self.e_score_correction_bias = nn.Buffer(torch.zeros(config.n_routed_experts, dtype=torch.float32))
+        self.tokens_per_expert = nn.Buffer(torch.zeros(config.n_routed_experts, dtype=torch.int64), persistent=False)
+        self.nonfinite = nn.Buffer(torch.zeros((), dtype=torch.bool), persistent=False)
+
+    def reset_parameters(self):
+        """Draw the weight and zero the buffers; leaves alone what a checkpoint has filled."""
+        init.normal_(self.weight, mean=0.0, std=self.config.initializer_range)
+        if self.config.topk_method == "noaux_tc":
+            init.zeros_(self.e_score_correction_bias)
+        init.zeros_(self.tokens_per_expert)
+        init.zeros_(self.nonfinite)
+
+    def reset_counts(self):
+        """Start counting anew."""
+        self.tokens_per_expert.zero_()
+
+    def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Route `hidden_states` [..., D]: logits [N, E] float32, weights [N, K] float32, experts [N, K] int64.
+
+        Args:
+            token_mask: [N] boolean, False where a token is padding; such tokens are routed but not counted.
+        """
+        x_ND = hidden_states.flatten(0, -2)
+        exact = torch.promote_types(x_ND.dtype, torch.float32)
+        with torch.autocast(x_ND.device.type, enabled=False):
+            logits = F.linear(x_ND.to(exact), self.weight.to(exact))
+        if self.config.router_nonfinite != "ignore":
+            logits = self._watch(logits)
+        scores = expert_scores(logits, self.config.scoring_func)
+        bias = self.e_score_correction_bias if self.config.topk_method == "noaux_tc" else None
+        experts = select_experts(scores.detach(), bias, self.config)
+        weights = scores.gather(1, experts)
+        if self.config.norm_topk_prob:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        if self.training and not _recomputing():
+            self._count(experts, token_mask)
+        return logits, weights * self.config.routed_scaling_factor, experts
+
+    def _watch(self, logits: Tensor) -> Tensor:
+        finite = torch.isfinite(logits).all(dim=-1, keepdim=True)
+        if self.config.router_nonfinite == "zero":
+            return torch.where(finite, logits, 0.0)
+        self.nonfinite.copy_(~finite.all())
+        return logits
+
+    @torch.no_grad()
+    def _count(self, experts: Tensor, token_mask: Tensor | None):
+        if token_mask is None:
+            ones = torch.ones_like(experts)
+        else:
+            ones = token_mask.to(experts.dtype).unsqueeze(-1).expand_as(experts)
+        self.tokens_per_expert.scatter_add_(0, experts.reshape(-1), ones.reshape(-1))
+
+
+def _recomputing() -> bool:
+    """Whether this is the second forward that gradient checkpointing runs inside the backward pass."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+@use_experts_implementation
+class LamoeExperts(nn.Module):
+    """All routed experts of a layer: gate_up_proj [E, 2F, D] (gate, then up) and down_proj [E, D, F].
+
+    `config._experts_implementation` chooses who computes them; this forward is "eager".
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_experts = config.n_routed_experts
+        self.hidden_dim = config.hidden_size
+        self.intermediate_dim = config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def reset_parameters(self, std: float):
+        """Draw both weights; leaves alone what a checkpoint has filled."""
+        init.normal_(self.gate_up_proj, mean=0.0, std=std)
+        init.normal_(self.down_proj, mean=0.0, std=std)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Sum of each token's experts, weighted: [N, D] in `hidden_states`' dtype, summed in float32, in order.
+
+        Args:
+            hidden_states: [N, D].
+            top_k_index: [N, K]; ids of `num_experts` and above are sentinels of expert parallelism: they give zero.
+            top_k_weights: [N, K].
+        """
+        N, K = top_k_index.shape
+        by_expert, order = top_k_index.reshape(-1).clamp(max=self.num_experts).sort(stable=True)
+        counts = torch.bincount(by_expert, minlength=self.num_experts + 1).tolist()
+        pieces = []
+        for expert, rows in enumerate(order.split(counts)[:-1]):
+            if len(rows):
+                x = hidden_states[rows // K].to(self.gate_up_proj.dtype)
+                gate, up = F.linear(x, self.gate_up_proj[expert]).chunk(2, dim=-1)
+                pieces.append(F.linear(self.act_fn(gate) * up, self.down_proj[expert]))
+        pieces.append(hidden_states.new_zeros((counts[-1], self.hidden_dim), dtype=self.down_proj.dtype))
+        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(N * K, device=order.device))
+        rows_NKD = torch.cat(pieces)[inverse].view(N, K, self.hidden_dim)
+        real = top_k_index < self.num_experts
+        weights = top_k_weights.masked_fill(~real, 0.0).to(torch.promote_types(rows_NKD.dtype, torch.float32))
+        return (rows_NKD * weights.unsqueeze(-1)).sum(dim=1).to(hidden_states.dtype)
+
+
+class LamoeMLP(nn.Module):
+    """A gated feed-forward: a dense layer, or all shared experts of a layer side by side."""
+
+    def __init__(self, config, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class LamoeMoE(nn.Module):
+    """Routed experts plus the shared ones, of which there may be none."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.gate = LamoeTopkRouter(config, layer_idx)
+        self.experts = LamoeExperts(config)
+        shared_width = config.moe_intermediate_size * config.n_shared_experts
+        self.shared_experts = LamoeMLP(config, shared_width) if shared_width else None
+
+    def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        """Feed `hidden_states` [B, T, D] forward; `token_mask` [B, T] is False at padding."""
+        if self.config.router_nonfinite == "zero":
+            finite = torch.isfinite(hidden_states).all(dim=-1, keepdim=True)
+            hidden_states = torch.where(finite, hidden_states, 0.0)
+        _, weights, experts = self.gate(hidden_states, None if token_mask is None else token_mask.reshape(-1))
+        routed = self.experts(hidden_states.flatten(0, -2), experts, weights).view_as(hidden_states)
+        return routed if self.shared_experts is None else routed + self.shared_experts(hidden_states)

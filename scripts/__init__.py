@@ -1,0 +1,1 @@
+"""The commands: `lamoe <command> ...`, or `python scripts/<command>.py ...` from a clone."""
