@@ -265,7 +265,7 @@ class LamoeConfig(PreTrainedConfig):
         return [i for i in range(first, self.num_hidden_layers) if i % self.moe_layer_freq == 0]
 
     def kv_bytes_per_token(self, bytes_per_element: int = 2, expanded: bool = False) -> int:
-        """Bytes that a token holds in the caches of all layers: as latents, or as the keys and values they stand for."""
+        """Bytes that a token holds in the caches of all layers, as latents or as the keys and values behind them."""
         latent = self.kv_lora_rank + self.qk_rope_head_dim
         heads = self.num_attention_heads * (self.qk_head_dim + self.v_head_dim)
         return self.num_hidden_layers * (heads if expanded else latent) * bytes_per_element
@@ -335,9 +335,14 @@ class LamoeConfig(PreTrainedConfig):
     def _refuse_unknown(self, given: dict[str, Any]):
         unknown = {name: value for name, value in given.items() if name not in self.field_names()}
         if unknown:
-            raise ValueError(
-                "\n".join(_unknown(name, value, self.__dataclass_fields__) for name, value in unknown.items())
-            )
+            raise ValueError("\n".join(self._unknown(name, value) for name, value in unknown.items()))
+
+    @classmethod
+    def _unknown(cls, name: str, value: Any) -> str:
+        near = difflib.get_close_matches(name, [*cls.__dataclass_fields__, *cls.attribute_map], 1, cutoff=0.7)
+        hint = f"; did you mean {near[0]!r}?" if near else "; its docstring lists the legal ones."
+        shown = repr(value)
+        return f"{name}={shown if len(shown) < 60 else '...'} is not a field of LamoeConfig{hint}"
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
@@ -358,10 +363,8 @@ class LamoeConfig(PreTrainedConfig):
         known = cls.field_names() | {*_SUPERSEDED_KEYS, "mlp_layer_types", "partial_rotary_factor", "model_type"}
         ignored = {name: value for name, value in found.items() if name not in known}
         if ignored:
-            fields = cls.__dataclass_fields__
-            logger.warning_once(
-                "Not used: " + " ".join(_unknown(name, value, fields) for name, value in sorted(ignored.items()))
-            )
+            named = " ".join(cls._unknown(name, value) for name, value in sorted(ignored.items()))
+            logger.warning_once(f"Not used: {named}")
         family = found.get("model_type")
         if family not in (None, cls.model_type, *FAMILY_DEFAULTS):
             raise ValueError(
@@ -419,7 +422,7 @@ class LamoeConfig(PreTrainedConfig):
                 (self.topk_method == "noaux_tc", "topk_method='noaux_tc' with softmax scores"),
                 (self.norm_topk_prob, "norm_topk_prob=True: deepseek_v2 never normalises"),
                 (not self.rope_interleave, "rope_interleave=False: deepseek_v2 always interleaves"),
-                (self.hidden_size % self.num_attention_heads > 0, "hidden_size is not divisible by num_attention_heads"),
+                (self.hidden_size % self.num_attention_heads > 0, "hidden_size is no multiple of the heads"),
             ]  # fmt: skip
         for blocked, reason in common + own:
             if blocked:
@@ -484,10 +487,3 @@ def _clean_rope(rope_parameters: dict[str, Any]) -> dict[str, Any]:
 def _one_of(field: str, value: str, legal: tuple[str, ...], note: str = ""):
     if value not in legal:
         raise ValueError(f"{field}={value!r} is not one of {', '.join(map(repr, legal))}{note}.")
-
-
-def _unknown(name: str, value: Any, fields) -> str:
-    near = difflib.get_close_matches(name, fields, 1, cutoff=0.7)
-    hint = f"; did you mean {near[0]!r}?" if near else "; its docstring lists the legal ones."
-    shown = repr(value)
-    return f"{name}={shown if len(shown) < 60 else '...'} is not a field of LamoeConfig{hint}"

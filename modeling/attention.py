@@ -23,9 +23,10 @@ from .precision import KeepsFloat32
 
 logger = logging.get_logger(__name__)
 
-# Scores held at once by the absorbed form, over all batch rows, heads and tokens: 16 MiB in float32. Longer contexts
-# are taken in chunks of keys and merged by their log-sum-exp, so that peak memory grows with neither H nor S.
-MAX_SCORES = 2**22
+# Scores that the absorbed form holds at once, over all batch rows, heads and tokens. Longer contexts are taken in
+# chunks of keys and merged by their log-sum-exp, so that peak memory grows with neither H nor S. A GPU gets larger
+# chunks, since each costs it some launches: 16 MiB in float32; the caches of a processor hold 256 KiB.
+MAX_SCORES, MAX_SCORES_CPU = 2**22, 2**16
 
 
 class LamoeRMSNorm(nn.Module):
@@ -132,7 +133,7 @@ def absorbed_attention(
     scaling: float,
     dropout: float = 0.0,
     return_weights: bool = False,
-    max_scores: int = MAX_SCORES,
+    max_scores: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of latent queries over the latent cache, softmax(q·cᵀ + q_rot·kᵀ)·c (DeepSeek-V2, appendix C).
 
@@ -141,7 +142,8 @@ def absorbed_attention(
         c_BSC, k_BSR: latents [B, S, C] and rotated keys [B, S, R] of all tokens.
         mask: [B or 1, 1, T, S], boolean (True is seen) or additive; None lets every token see every key.
         dropout: share of the weights that is dropped; the caller passes 0 outside training.
-        max_scores: how many scores may be held at once; longer contexts are taken in chunks of keys.
+        max_scores: how many scores may be held at once, None for the device's default; longer contexts are taken in
+            chunks of keys.
 
     Returns:
         [B, H, T, C] in `q_BHTC`'s dtype, and the weights [B, H, T, S] if `return_weights`.
@@ -160,6 +162,8 @@ def absorbed_attention(
         seen = mask[..., start:stop]
         return both.masked_fill(~seen, torch.finfo(exact).min) if seen.dtype == torch.bool else both + seen
 
+    if max_scores is None:
+        max_scores = MAX_SCORES_CPU if q_BHTC.device.type == "cpu" else MAX_SCORES
     chunk = max(256, max_scores // max(B * H * T, 1))
     if chunk >= S or return_weights:
         weights = F.dropout(torch.softmax(scores(0, S), dim=-1).to(q_BHTC.dtype), dropout, training=dropout > 0)

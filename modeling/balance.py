@@ -38,8 +38,12 @@ class BalanceCallback(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Add the load since the last log to Trainer's own logs."""
         if self.load and logs is not None and "loss" in logs:
-            logs["max_violation"] = sum(map(max_violation, self.load)) / len(self.load)
-            logs["dead_experts"] = int(sum((layer == 0).sum() for layer in self.load))
+            load = {
+                "max_violation": sum(map(max_violation, self.load)) / len(self.load),
+                "dead_experts": int(sum((layer == 0).sum() for layer in self.load)),
+            }
+            logs.update(load)  # for the callbacks after this one, which report
+            state.log_history[-1].update(load)  # Trainer has copied the logs there already
             self.load = []
 
 

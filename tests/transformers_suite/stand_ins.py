@@ -7,6 +7,7 @@ import functools
 import os
 import sys
 import tempfile
+from datetime import timedelta
 from multiprocessing import forkserver
 from pathlib import Path
 from unittest import mock
@@ -59,7 +60,9 @@ def run_distributed(world_size):
 def _run_rank(rank, implementation, world_size, rendezvous, args):
     # from_pretrained reads its place from torchrun's variables
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
+    torch.distributed.init_process_group(
+        "gloo", init_method=rendezvous, rank=rank, world_size=world_size, timeout=timedelta(minutes=2)
+    )
     implementation(rank, *args)
     torch.distributed.destroy_process_group()
 
@@ -67,8 +70,12 @@ def _run_rank(rank, implementation, world_size, rendezvous, args):
 def _start_rank_processes(function, args, nprocs):
     """Run `function(rank, *args)` in `nprocs` processes, forked from a server that has only imported."""
     forkserver.set_forkserver_preload([PRELOADED])
-    # Before Python 3.12.4 the server does not take over sys.path
-    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path), OMP_NUM_THREADS="1"):
+    environment = {
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),  # before Python 3.12.4 the server does not take over sys.path
+    }
+    with mock.patch.dict(os.environ, environment):
         forkserver.ensure_running()
     torch.multiprocessing.start_processes(function, args, nprocs, start_method="forkserver")
 

@@ -1,0 +1,278 @@
+"""Measure cache, attention and decoding against the native classes; rows go to a JSONL file, a table to the screen."""
+
+import copy
+import datetime
+import gc
+import itertools
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    DynamicCache,
+    Glm4MoeLiteConfig,
+    StaticCache,
+)
+from transformers.generation.streamers import BaseStreamer
+from trl import TrlParser
+
+from lamoe import LamoeConfig, LamoeForCausalLM
+
+SUITES = ("cache", "attention", "decode")
+_NATIVE = {"deepseek_v2": DeepseekV2Config, "deepseek_v3": DeepseekV3Config}
+
+
+@dataclass
+class Arguments:
+    """What to measure, and where the rows go."""
+
+    suite: str = field(metadata={"help": f"One of {', '.join(SUITES)}."})
+    preset: str = field(default="v2-lite", metadata={"help": "Published shape, with random weights."})
+    layers: int | None = field(default=None, metadata={"help": "Decoder layers instead of the preset's number."})
+    batch: list[int] = field(default_factory=lambda: [1], metadata={"help": "Batch sizes, paired with --context."})
+    context: list[int] = field(default_factory=lambda: [1024], metadata={"help": "Tokens in the cache."})
+    new_tokens: int = field(default=64, metadata={"help": "Decode steps that are timed."})
+    cache: str = field(default="static", metadata={"help": "decode: static (compiled) or dynamic."})
+    models: list[str] = field(default_factory=lambda: ["lamoe", "native"], metadata={"help": "decode: whom to run."})
+    experts: str = field(default="default", metadata={"help": "decode: an experts implementation to force."})
+    rows: Path | None = field(default=None, metadata={"help": "JSONL file that the rows are added to."})
+
+
+def main(arguments: Arguments):
+    """Run one suite, print its table, append its rows."""
+    if arguments.suite not in SUITES:
+        raise ValueError(f"suite={arguments.suite!r} is not one of {', '.join(SUITES)}.")
+    rows = {"cache": cache_bytes, "attention": attention_step, "decode": decode}[arguments.suite](arguments)
+    table = Table(*rows[0], title=f"{arguments.suite}, {device_name()}")
+    for row in rows:
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console(width=160).print(table)
+    if arguments.rows:
+        arguments.rows.parent.mkdir(parents=True, exist_ok=True)
+        with arguments.rows.open("a", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row | provenance(arguments.suite)) + "\n")
+
+
+def cache_bytes(arguments: Arguments) -> list[dict]:
+    """Bytes a token in every preset's cache, measured from the cache's tensors and computed by the formula."""
+    rows = []
+    for preset in LamoeConfig.presets():
+        config = LamoeConfig.from_preset(preset)
+        small = LamoeConfig.from_preset(
+            preset, num_hidden_layers=1, first_k_dense_replace=1, hidden_size=64, intermediate_size=64,
+            num_attention_heads=2, num_key_value_heads=2, vocab_size=64, bos_token_id=None, eos_token_id=None,
+            pad_token_id=None,
+        )  # fmt: skip
+        model = LamoeForCausalLM(small).to(torch.bfloat16).eval()
+        cache = DynamicCache(config=small)
+        with torch.no_grad():
+            model(torch.zeros(1, 8, dtype=torch.long), past_key_values=cache)
+        layer = cache.layers[0]
+        measured = (layer.keys.nbytes + layer.values.nbytes) // 8 * config.num_hidden_layers
+        rows.append(
+            {
+                "preset": preset,
+                "latent_bytes": measured,
+                "formula_bytes": config.kv_bytes_per_token(),
+                "expanded_bytes": config.kv_bytes_per_token(expanded=True),
+            }
+        )
+        if rows[-1]["latent_bytes"] != rows[-1]["formula_bytes"]:
+            raise ValueError(f"The cache of {preset} does not hold what the formula says: {rows[-1]}.")
+    return rows
+
+
+def attention_step(arguments: Arguments) -> list[dict]:
+    """One layer, one new token: the absorbed attention against the native class, and the memory that each takes."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    ours, native = pair(arguments.preset, 1, device, dtype, dense=True)
+    rows = []
+    for batch, context in paired(arguments):
+        row = {"preset": arguments.preset, "batch": batch, "context": context, "dtype": str(dtype)[6:]}
+        for name, model in (("lamoe", ours), ("native", native)):
+            row[f"{name}_ms"], row[f"{name}_temporary_mib"] = attention_cost(model, batch, context)
+        row["speedup"] = row["native_ms"] / row["lamoe_ms"]
+        rows.append(row)
+    return rows
+
+
+@torch.no_grad()
+def attention_cost(model, batch: int, context: int, repeats: int = 15) -> tuple[float, float]:
+    """Median milliseconds of one attention step, and MiB of the tensors that it made beyond its cache."""
+    attention, config = model.model.layers[0].self_attn, model.config
+    device, dtype = model.device, model.dtype
+    cache = StaticCache(config=config, max_cache_len=context)
+    latents = torch.randn(batch, 1, context - 1, config.kv_lora_rank, device=device, dtype=dtype)
+    keys = torch.randn(batch, 1, context - 1, config.qk_rope_head_dim, device=device, dtype=dtype)
+    cache.update(latents, keys, 0)
+    del latents, keys
+    hidden = torch.randn(batch, 1, config.hidden_size, device=device, dtype=dtype)
+    positions = torch.full((batch, 1), context - 1, device=device)
+    angles = model.model.rotary_emb(hidden, positions)
+    length = cache.layers[0].cumulative_length
+
+    def step():
+        length.fill_(context - 1)
+        attention(hidden, position_embeddings=angles, attention_mask=None, past_key_values=cache)
+
+    step()
+    times = []
+    for _ in range(repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        step()
+        synchronize(device)
+        times.append((time.perf_counter() - start) * 1e3)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        step()
+    return statistics.median(times), peak_of(profile) / 2**20
+
+
+def peak_of(profile) -> int:
+    """The most bytes that lived at once above the start, from the allocations that the profiler saw."""
+    live = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
+
+
+def decode(arguments: Arguments) -> list[dict]:
+    """Milliseconds a step of `generate`, ours and native, same weights, prompt and cache."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ours, native = pair(arguments.preset, arguments.layers, device, torch.bfloat16)
+    rows = []
+    for batch, context in paired(arguments):
+        for name, model in (("lamoe", ours), ("native", native)):
+            if name not in arguments.models:
+                continue
+            if arguments.experts != "default":
+                model.set_experts_implementation(arguments.experts)
+            step, prefill, peak = generate_cost(model, batch, context, arguments)
+            rows.append(
+                {
+                    "preset": arguments.preset,
+                    "layers": model.config.num_hidden_layers,
+                    "model": name,
+                    "cache": arguments.cache,
+                    "experts": arguments.experts,
+                    "batch": batch,
+                    "context": context,
+                    "step_ms": step,
+                    "tokens_per_second": batch * 1e3 / step,
+                    "prefill_ms": prefill,
+                    "peak_gib": peak,
+                }
+            )
+            print(rows[-1], flush=True)
+    return rows
+
+
+class StepClock(BaseStreamer):
+    """Notes when each token of `generate` has reached the host."""
+
+    def __init__(self):
+        self.times: list[float] = []
+
+    def put(self, value):
+        self.times.append(time.perf_counter())
+
+    def end(self):
+        """Nothing is left to show."""
+
+
+def generate_cost(model, batch: int, context: int, arguments: Arguments) -> tuple[float, float, float]:
+    """Median milliseconds a step, milliseconds until the first token, and peak GiB; after a run that compiles."""
+    ids = torch.randint(5, model.config.vocab_size, (batch, context), device=model.device)
+    settings = {"max_new_tokens": arguments.new_tokens, "min_new_tokens": arguments.new_tokens, "do_sample": False}
+    if arguments.cache == "static":
+        settings["cache_implementation"] = "static"
+    torch._dynamo.reset()
+    gc.collect()
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
+    mask = torch.ones_like(ids)
+    model.generate(ids, attention_mask=mask, **settings)
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    clock = StepClock()
+    synchronize(model.device)
+    start = time.perf_counter()
+    model.generate(ids, attention_mask=mask, streamer=clock, **settings)
+    marks = clock.times[1:]  # the first call of a streamer shows the prompt
+    steps = [(b - a) * 1e3 for a, b in itertools.pairwise(marks)]
+    peak = torch.cuda.max_memory_allocated() / 2**30 if model.device.type == "cuda" else float("nan")
+    return statistics.median(steps), (marks[0] - start) * 1e3, peak
+
+
+def pair(preset: str, layers: int | None, device: str, dtype: torch.dtype, dense: bool = False):
+    """Our model of this shape with random weights, and the native class over the very same tensors."""
+    config = LamoeConfig.from_preset(preset, eos_token_id=None, pad_token_id=0)
+    config.num_hidden_layers = layers or config.num_hidden_layers
+    if dense:
+        config.first_k_dense_replace, config.vocab_size, config.intermediate_size = config.num_hidden_layers, 64, 64
+    with torch.device(device):
+        ours = LamoeForCausalLM._from_config(config, dtype=dtype).eval()
+    written = config.serving_dict()
+    model_type, _ = config.native_form()
+    kept = {k: v for k, v in written.items() if k not in ("auto_map", "architectures", "model_type")}
+    native_config = (Glm4MoeLiteConfig if preset.startswith("glm") else _NATIVE[model_type])(**copy.deepcopy(kept))
+    with torch.device("meta"):
+        native = AutoModelForCausalLM.from_config(native_config, dtype=dtype).eval()
+    native.load_state_dict(ours.state_dict(), assign=True)
+    native.model.rotary_emb = type(native.model.rotary_emb)(native_config).to(device)
+    return ours, native
+
+
+def paired(arguments: Arguments) -> list[tuple[int, int]]:
+    """Batch sizes with contexts, one by one; a single batch size goes with every context."""
+    batches = arguments.batch * len(arguments.context) if len(arguments.batch) == 1 else arguments.batch
+    if len(batches) != len(arguments.context):
+        raise ValueError(
+            f"--batch has {len(batches)} values and --context {len(arguments.context)}; give equally many."
+        )
+    return list(zip(batches, arguments.context, strict=True))
+
+
+def synchronize(device):
+    """Wait until the device has done what it was asked."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+
+
+def device_name() -> str:
+    """The GPU, or the processor."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+
+
+def provenance(suite: str) -> dict:
+    """Where a row comes from: device, versions, commit, command, time."""
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "suite": suite,
+        "device": device_name(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": git.stdout.strip() or "[unknown]",
+        "command": " ".join(["lamoe benchmark", *sys.argv[1:]]),
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+if __name__ == "__main__":
+    main(TrlParser(Arguments).parse_args_and_config()[0])

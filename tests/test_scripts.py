@@ -1,0 +1,477 @@
+"""Each command through its `main`, on tiny checkpoints: what it writes, what it prints and what it refuses."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import TrlParser
+
+from lamoe import LamoeConfig, LamoeForCausalLM
+from lamoe.hub import checkpoint_tensors
+from lamoe.scripts import convert, corpus, evaluate, finetune, folders, generate, quickstart
+from tests.tiny import FAMILIES, native_model, random_ids
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+TEXT = quickstart.SHAKESPEARE.read_text(encoding="utf-8")[:30_000]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return quickstart.train_tokenizer(TEXT, 300)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, tokenizer):
+    """A folder with a random tiny model of V3's shape, saved by us, and a tokenizer that fits it."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    native_model("v3", torch.float32, vocab_size=304, max_position_embeddings=160).save_pretrained(folder)
+    model = LamoeForCausalLM.from_pretrained(folder)
+    model.config.num_nextn_predict_layers = 0
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text(TEXT[:6_000], encoding="utf-8")
+    return str(file)
+
+
+def options(script, *words):
+    """The arguments of `script` as the command line gives them."""
+    return TrlParser(script.Arguments).parse_args_and_config([str(word) for word in words])[0]
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model.eval()(ids).logits
+
+
+# Output folders
+
+
+def test_a_full_folder_is_refused_and_kept(tmp_path):
+    (tmp_path / "mine").write_text("kept")
+    words = rf"{tmp_path} is not empty; choose another folder, or replace its content with --overwrite\."
+    with pytest.raises(ValueError, match=words), folders.fresh_folder(tmp_path):
+        raise AssertionError("not reached")
+    assert (tmp_path / "mine").read_text() == "kept"
+    with pytest.raises(ValueError, match=r"mine is a file; choose another output folder\."):
+        folders.refuse_full(tmp_path / "mine")
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_folder_is_complete_or_as_before(tmp_path, full):
+    final = tmp_path / "out"
+    if full:
+        final.mkdir()
+        (final / "old").write_text("old")
+    with pytest.raises(KeyboardInterrupt), folders.fresh_folder(final, overwrite=True) as folder:
+        (folder / "new").write_text("half")
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.rglob("*")] == (["out", "old"] if full else [])
+    with folders.fresh_folder(final, overwrite=True) as folder:
+        (folder / "new").write_text("whole")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        (quickstart, ()),
+        (finetune, ("--model", "absent", "--texts", "absent")),
+        (convert, ("--model", "absent")),
+    ],
+)
+def test_every_writer_refuses_first(script, words, tmp_path):
+    (tmp_path / "mine").write_text("kept")
+    with pytest.raises(ValueError, match="is not empty"):
+        script.main(options(script, *words, "--output_dir", tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+# Texts
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.txt", b"", "a.txt holds no text."),
+        ("a.txt", b"ab\xffc", "a.txt is not UTF-8 at byte 2; convert it first."),
+        ("a.jsonl", b'{"text": "x"}\n\n{"body": "y"}\n', 'a.jsonl, line 3 has no field "text" that holds a string.'),
+        ("a.jsonl", b"{text}", "a.jsonl, line 1 is not JSON"),
+        ("b.txt", None, "There is no file "),
+    ],
+)
+def test_unreadable_texts_say_where(tmp_path, name, content, words):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        corpus.read_documents([tmp_path / name])
+    assert words in str(error.value)
+
+
+def test_documents(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one\\u2028"}\n{"text": "two"}\n', encoding="utf-8")
+    (tmp_path / "b.md").write_bytes("drei\r\nöäü".encode())
+    assert corpus.read_documents([tmp_path / "a.jsonl", tmp_path / "b.md"]) == ["one\u2028", "two", "drei\r\nöäü"]
+
+
+def test_packing_keeps_every_token_in_order(tokenizer):
+    examples = corpus.pack(tokenizer, ["To be", "or not to be"], 4)
+    stream = torch.cat([example["input_ids"] for example in examples])
+    assert all(len(example["input_ids"]) == 4 for example in examples)
+    assert tokenizer.decode(stream).startswith("To be<|end|>or not")
+    with pytest.raises(ValueError, match=r"less than one sequence of 4000; lower --sequence_length\."):
+        corpus.pack(tokenizer, ["To be"], 4000)
+
+
+@pytest.mark.parametrize(("length", "window", "stride"), [(1, 8, 4), (8, 8, 8), (9, 8, 8), (50, 8, 3), (50, 64, 1)])
+def test_windows_score_each_token_once(length, window, stride):
+    covered = corpus.windows(length, window, stride)
+    assert [i for _, first, end in covered for i in range(first, end)] == list(range(length))
+    for number, (begin, first, end) in enumerate(covered):
+        assert 0 <= begin <= first < end <= length
+        assert end - begin <= window
+        assert number == 0 or first - begin >= window - stride
+
+
+def test_score_is_the_sum_over_all_tokens(checkpoint, tokenizer):
+    """In one window, the loss that the model itself gives; in many, each token with its own context."""
+    model = LamoeForCausalLM.from_pretrained(checkpoint).eval()
+    text = TEXT[:200] + "öß€"
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text)["input_ids"]]])
+    whole = corpus.score(model, tokenizer, [text], window=160, stride=160)
+    with torch.no_grad():
+        expected = model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+    assert whole.nats == pytest.approx(expected, rel=1e-5)
+    assert (whole.tokens, whole.bytes) == (ids.shape[1] - 1, 200 + 2 + 2 + 3)
+    assert whole.bits_per_byte == pytest.approx(expected / math.log(2) / 207, rel=1e-5)
+
+    pieces = corpus.score(model, tokenizer, [text, text], window=24, stride=7, batch_size=3)
+    nats = 0.0
+    for begin, first, end in corpus.windows(ids.shape[1] - 1, 24, 7):
+        chances = logits(model, ids[:, begin:end]).log_softmax(-1)[0]
+        nats -= sum(chances[i - begin, ids[0, i + 1]].item() for i in range(first, end))
+    assert pieces.nats == pytest.approx(2 * nats, rel=1e-5)
+    assert pieces.tokens == 2 * whole.tokens
+
+
+def test_score_refuses_gaps(tokenizer):
+    with pytest.raises(ValueError, match="stride=9 does not lie between 1 and window=8"):
+        corpus.score(None, tokenizer, ["x"], window=8, stride=9)
+
+
+# quickstart
+
+
+@pytest.fixture(scope="module")
+def quickstarted(tmp_path_factory):
+    """What three steps of the quickstart leave behind and print."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    sizes = {"vocab_size": 400, "batch_size": 2, "sequence_length": 64, "held_out": 0.1, "max_new_tokens": 4}
+    words = ["--steps", 3, *(word for name, size in sizes.items() for word in (f"--{name}", size))]
+    with pytest.MonkeyPatch.context() as patch:
+        printed = []
+        patch.setattr(quickstart.Console, "print", lambda self, *values: printed.extend(values))
+        quickstart.main(options(quickstart, *words, "--text", folder / "text.txt", "--output_dir", folder / "out"))
+    return folder / "out", printed
+
+
+def test_quickstart_leaves_a_dual_mode_folder(quickstarted):
+    folder, _ = quickstarted
+    assert not [path.name for path in folder.parent.iterdir() if path.name.startswith(".")]
+    written = json.loads((folder / "config.json").read_text())
+    assert (written["model_type"], written["vocab_size"], written["use_cache"]) == ("deepseek_v3", 400, True)
+    assert (folder / "modeling_lamoe.py").is_file()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.decode(tokenizer("To be, or not tö be\n")["input_ids"]) == "To be, or not tö be\n"
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (written["eos_token_id"], written["pad_token_id"])
+
+
+def test_quickstart_prints_what_it_measured(quickstarted):
+    _, printed = quickstarted
+    tables = {table.title: table for table in printed if hasattr(table, "columns")}
+    model, training, ways = (
+        {cells[0]: cells[1:] for cells in zip(*(list(c.cells) for c in table.columns), strict=True)}
+        for table in (tables["The model"], tables["The training"], tables["Equal, three ways"])
+    )
+    config = LamoeConfig.from_preset("tiny", vocab_size=400)
+    expected = LamoeForCausalLM(config)
+    assert model["parameters"] == (f"{sum(p.numel() for p in expected.parameters()):,}",)
+    assert model["KV cache a token in bf16: latent attention"] == ("1,280 bytes",)
+    before, after = training["loss, nats a token"]
+    assert float(before) == pytest.approx(math.log(400), rel=0.1)
+    assert float(after) < float(before)
+    assert ways["native"][0] == "DeepseekV3ForCausalLM"
+    assert {cells[0] for cells in ways.values()} == {"DeepseekV3ForCausalLM", "LamoeForCausalLM"}
+    assert all(float(cells[1]) < 1e-4 for cells in ways.values())
+
+
+def test_active_parameters_are_those_that_a_token_changes():
+    """Counted by hand for the tiny preset, and by gradients: experts that were not chosen get none."""
+    model = LamoeForCausalLM(LamoeConfig.from_preset("tiny", vocab_size=64, num_hidden_layers=2))
+    total, active = quickstart.count_parameters(model)
+    model(random_ids(1, 2, vocab_size=64), labels=torch.tensor([[-100, 3]])).loss.backward()
+    model.zero_grad()
+    ids = torch.tensor([[5]])
+    model(ids).logits.sum().backward()
+    reached = 0
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            reached += int((parameter.grad.flatten(1).abs().sum(1) > 0).sum()) * parameter[0].numel()
+        else:
+            reached += parameter.numel()
+    assert (active, total) == (reached, sum(p.numel() for p in model.parameters()))
+
+
+# generate
+
+
+def test_generate_from_a_prompt(checkpoint, capsys):
+    generate.main(options(generate, "--model", checkpoint, "--prompt", "To be", "--max_new_tokens", 6, "--stats"))
+    printed = capsys.readouterr().out
+    assert printed.startswith("To be")
+    rows = dict(line.strip("│").split("│") for line in printed.splitlines() if line.startswith("│"))
+    rows = {name.strip(): value.strip() for name, value in rows.items()}
+    assert rows["new tokens"] == "6"
+    assert rows["cache a token, measured"] == rows["cache a token, by formula"] == f"{3 * (16 + 4) * 4} bytes"
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_generate_samples_from_the_seed(checkpoint, capsys, static):
+    words = ["--model", checkpoint, "--prompt", "To be", "--temperature", 1, "--max_new_tokens", 8]
+    printed = []
+    for seed in (1, 1, 2):
+        generate.main(options(generate, *words, "--seed", seed, *["--static"] * static))
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] != printed[2]
+
+
+def test_generate_answers_a_chat(checkpoint, tokenizer, tmp_path, capsys):
+    with pytest.raises(ValueError, match=r"has no chat template; use --prompt\."):
+        generate.main(options(generate, "--model", checkpoint, "--chat", "Who's there?"))
+    with pytest.raises(ValueError, match=r"Give exactly one of --prompt and --chat\."):
+        generate.main(options(generate, "--model", checkpoint))
+    tokenizer.save_pretrained(tmp_path)
+    talking = AutoTokenizer.from_pretrained(tmp_path)
+    talking.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}answer:"
+    arguments = options(generate, "--model", "x", "--chat", "Who's there?", "--system", "Be brief.")
+    inputs = generate.encode(talking, arguments)
+    assert tokenizer.decode(inputs["input_ids"][0]) == "system: Be brief.\nuser: Who's there?\nanswer:"
+
+
+# evaluate
+
+
+def test_evaluate(checkpoint, tokenizer, text_file, tmp_path, capsys):
+    (tmp_path / "two.jsonl").write_text('{"text": "To be"}\n{"text": "or not to be"}\n')
+    words = ["--model", checkpoint, "--texts", text_file, tmp_path / "two.jsonl", "--window", 100, "--stride", 50]
+    evaluate.main(options(evaluate, *words, "--json"))
+    first, second, both = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (first["bytes"], second["bytes"], both["bytes"]) == (6_000, 17, 6_017)
+    assert first["tokens"] == len(tokenizer(TEXT[:6_000])["input_ids"])
+    assert both["nats"] == pytest.approx(first["nats"] + second["nats"])
+    assert both["perplexity"] == pytest.approx(math.exp(both["nats"] / both["tokens"]))
+    assert both["bits_per_byte"] == pytest.approx(both["nats"] / math.log(2) / 6_017)
+    evaluate.main(options(evaluate, *words))
+    assert f"{both['bits_per_byte']:.4f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", [evaluate, finetune])
+def test_a_tokenizer_that_is_too_large_is_refused(script, checkpoint, tmp_path, text_file):
+    larger = quickstart.train_tokenizer(TEXT, 310)
+    for file in checkpoint.iterdir():
+        (tmp_path / "model").mkdir(exist_ok=True)
+        (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
+    larger.save_pretrained(tmp_path / "model")
+    words = ["--model", tmp_path / "model", "--texts", text_file]
+    words += ["--output_dir", tmp_path / "out"] if script is finetune else []
+    with pytest.raises(ValueError, match=r"has 310 entries and the model's vocabulary 304; .*embeddings\(310\)"):
+        script.main(options(script, *words))
+
+
+# finetune
+
+
+@pytest.fixture
+def short_training(checkpoint, text_file, tmp_path):
+    """Words for a short training into tmp_path/out."""
+    words = ["--texts", text_file, "--held_out", text_file, "--output_dir", tmp_path / "out", "--sequence_length", 32]
+    return [*words, "--steps", 4, "--batch_size", 4, "--accumulation", 2, "--learning_rate", "1e-2", "--rank", 4]
+
+
+def test_finetune_saves_an_adapter(checkpoint, short_training, tmp_path, capsys):
+    finetune.main(options(finetune, "--model", checkpoint, *short_training, "--checkpointing"))
+    row = next(line for line in capsys.readouterr().out.splitlines() if "bits per byte" in line)
+    before, after = map(float, row.strip("│").split("│")[1:])
+    assert after < before
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    trained = {name.split(".lora_")[0].split("layers.1.")[-1] for name in saved if "layers.1." in name}
+    attention = {f"self_attn.{name}" for name in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj")}
+    assert trained == attention | {f"mlp.shared_experts.{name}_proj" for name in ("gate", "up", "down")}
+    assert not [name for name in saved if "layers.0.mlp" in name]
+    base = LamoeForCausalLM.from_pretrained(checkpoint)
+    ids = random_ids(1, 9)
+    plain = logits(base, ids)
+    assert (logits(PeftModel.from_pretrained(base, tmp_path / "out"), ids) - plain).abs().max() > 1e-3
+
+
+def test_finetune_merges_into_a_dual_mode_folder(checkpoint, short_training, tmp_path):
+    finetune.main(options(finetune, "--model", checkpoint, *short_training, "--merge"))
+    native = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(native).__name__ == "DeepseekV3ForCausalLM"
+    assert native.config.use_cache
+    ids = random_ids(1, 9)
+    ours = LamoeForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(native, ids), logits(ours, ids), rtol=1e-3, atol=1e-3)
+    assert (logits(ours, ids) - logits(LamoeForCausalLM.from_pretrained(checkpoint), ids)).abs().max() > 1e-3
+
+
+def test_finetune_will_not_lose_mtp_layers(mtp_checkpoint, tokenizer, text_file, tmp_path):
+    words = ["--model", mtp_checkpoint, "--texts", text_file, "--output_dir", tmp_path / "out", "--merge"]
+    with pytest.raises(ValueError, match=r"num_nextn_predict_layers=1: the merged .* pass --mtp drop"):
+        finetune.main(options(finetune, *words))
+
+
+def test_precision(recwarn):
+    assert finetune.choose_precision("bf16") == "bf16"
+    with pytest.raises(ValueError, match="precision='fp8' is not one of auto, bf16, fp16, float32"):
+        finetune.choose_precision("fp8")
+    with pytest.warns(UserWarning, match="fp16 overflows in the routers .* bf16 does not"):
+        assert finetune.choose_precision("fp16") == "fp16"
+
+
+@pytest.mark.parametrize("recipe", sorted((SCRIPTS / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_fit_their_script(recipe):
+    script = {"finetune": finetune}[recipe.stem.partition("-")[0]]
+    arguments = options(script, "--config", recipe, "--output_dir", "elsewhere", "--rank", 8)
+    assert (arguments.output_dir, arguments.rank, arguments.learning_rate) == ("elsewhere", 8, 1e-3)
+
+
+# convert
+
+
+@pytest.fixture(scope="module")
+def mtp_checkpoint(tmp_path_factory):
+    """A native checkpoint of V3's shape with one multi-token-prediction layer, in bfloat16, and its tokenizer."""
+    folder = tmp_path_factory.mktemp("mtp")
+    native_model("v3", torch.float32, num_nextn_predict_layers=1).to(torch.bfloat16).save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    extra = {name.replace("layers.2.", "layers.3."): x + 1 for name, x in tensors.items() if "layers.2." in name}
+    extra["model.layers.3.eh_proj.weight"] = torch.randn(32, 64)
+    extra["model.layers.3.shared_head.head.weight"] = torch.randn(97, 32).to(torch.bfloat16)
+    save_file(tensors | extra, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def same_logits(folder, source, dtype=torch.float32):
+    ids = random_ids(2, 15)
+    native = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    ours = LamoeForCausalLM.from_pretrained(folder, dtype=dtype)
+    torch.testing.assert_close(logits(ours, ids), logits(native, ids), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_convert_every_family(family, tmp_path, capsys):
+    native_model(family, torch.float32).save_pretrained(tmp_path / "in")
+    convert.main(options(convert, "--model", tmp_path / "in", "--output_dir", tmp_path / "out"))
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["model_type"] == ("deepseek_v2" if family.startswith("v2") else "deepseek_v3")
+    assert written["num_nextn_predict_layers"] == 0
+    assert "auto_map" in written
+    same_logits(tmp_path / "out", tmp_path / "in")
+    printed = capsys.readouterr().out
+    assert f"source by {type(native_model(family)).__name__}" in printed
+    assert "remote code" in printed
+
+
+def test_convert_kimi_k2_by_its_own_name(tmp_path, capsys):
+    native_model("kimi-k2", torch.float32).save_pretrained(tmp_path / "in")
+    file = tmp_path / "in" / "config.json"
+    written = json.loads(file.read_text()) | {"model_type": "kimi_k2"}
+    file.write_text(json.dumps(written))
+    convert.main(options(convert, "--model", tmp_path / "in", "--output_dir", tmp_path / "out"))
+    assert "source by DeepseekV3ForCausalLM" in capsys.readouterr().out
+
+
+def test_convert_says_what_is_not_native(tmp_path, capsys):
+    config = LamoeConfig.from_preset("tiny", vocab_size=64, num_hidden_layers=2, n_shared_experts=0)
+    LamoeForCausalLM(config).save_pretrained(tmp_path / "in")
+    convert.main(options(convert, "--model", tmp_path / "in", "--output_dir", tmp_path / "out"))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "lamoe"
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "(n_shared_experts=0: the native classes always have one); the folder will say model_type lamoe" in printed
+
+
+@pytest.mark.parametrize("shard_size", ["5GB", "40KB"])
+def test_convert_keeps_mtp_layers_byte_for_byte(mtp_checkpoint, tmp_path, shard_size):
+    out = tmp_path / "out"
+    convert.main(options(convert, "--model", mtp_checkpoint, "--output_dir", out, "--max_shard_size", shard_size))
+    assert json.loads((out / "config.json").read_text())["num_nextn_predict_layers"] == 1
+    before, after = checkpoint_tensors(mtp_checkpoint), checkpoint_tensors(out)
+    assert set(before) == set(after)
+    assert not (out / "model.safetensors").exists()
+    for name in before:
+        with safe_open(before[name], "pt") as a, safe_open(after[name], "pt") as b:
+            old, new = a.get_tensor(name), b.get_tensor(name)
+        if name.startswith("model.layers.3."):
+            assert old.dtype == new.dtype
+        assert torch.equal(old.float(), new.float()), name
+    assert (out / "tokenizer.json").read_text() == "{}"
+    same_logits(out, mtp_checkpoint)
+
+
+def test_convert_drops_mtp_layers_if_told_to(mtp_checkpoint, tmp_path):
+    words = ["--model", mtp_checkpoint, "--output_dir", tmp_path / "out", "--mtp", "drop"]
+    convert.main(options(convert, *words))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    assert not [name for name in checkpoint_tensors(tmp_path / "out") if "layers.3." in name]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+        (lambda folder: (folder / "model.safetensors").rename(folder / "model.bin"), "only safetensors are read"),
+        (
+            lambda folder: (folder / "model.safetensors").write_bytes(
+                (folder / "model.safetensors").read_bytes()[:-100]
+            ),
+            "is damaged or cut short",
+        ),
+        (
+            lambda folder: (folder / "model.safetensors.index.json").write_text(
+                '{"weight_map": {"lm_head.weight": "../model.safetensors"}}'
+            ),
+            "which is no file of that folder",
+        ),
+    ],
+)
+def test_convert_refuses_what_it_cannot_read(checkpoint, tmp_path, spoil, words):
+    (tmp_path / "in").mkdir()
+    for file in checkpoint.iterdir():
+        (tmp_path / "in" / file.name).write_bytes(file.read_bytes())
+    spoil(tmp_path / "in")
+    with pytest.raises(ValueError, match=words):
+        convert.main(options(convert, "--model", tmp_path / "in", "--output_dir", tmp_path / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_convert_leaves_nothing_if_logits_differ(checkpoint, tmp_path):
+    words = ["--model", checkpoint, "--output_dir", tmp_path / "out", "--tolerance", "-1"]
+    with pytest.raises(ValueError, match=r"away from those by"):
+        convert.main(options(convert, *words))
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="is both source and output folder"):
+        convert.main(options(convert, "--model", checkpoint, "--output_dir", checkpoint, "--overwrite"))
