@@ -64,8 +64,11 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 
+# The configuration is found by way of the model's file: Transformers files local code by a hash of a file and what it
+# imports, and keeps the first model class that it met for a configuration class. By its own file, two revisions with
+# the same configuration would share that class, and the second would run the code of the first.
 _AUTO_MAP = {
-    "AutoConfig": "configuration_lamoe.LamoeConfig",
+    "AutoConfig": "modeling_lamoe.LamoeConfig",
     "AutoModel": "modeling_lamoe.LamoeModel",
     "AutoModelForCausalLM": "modeling_lamoe.LamoeForCausalLM",
     "AutoModelForSequenceClassification": "modeling_lamoe.LamoeForSequenceClassification",

@@ -61,7 +61,9 @@ def load_complete(model_class, folder: str | Path, **kwargs) -> PreTrainedModel:
         ValueError: as `checkpoint_tensors`, or weights are missing, unexpected or of another shape.
     """
     checkpoint_tensors(folder)
-    model, report = model_class.from_pretrained(folder, output_loading_info=True, **kwargs)
+    model, report = model_class.from_pretrained(
+        folder, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+    )
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
     wrong = {kind: sorted(map(str, report[kind])) for kind in kinds if report.get(kind)}
     if wrong:

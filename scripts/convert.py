@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 from trl import TrlParser
 
@@ -45,15 +46,19 @@ class Arguments:
         default="auto", metadata={"help": "auto (the checkpoint's; bfloat16 for FP8), float32, bfloat16 or float16."}
     )
     max_shard_size: str = field(default="5GB", metadata={"help": "Most bytes of a file of weights."})
-    tolerance: float = field(
-        default=1e-4, metadata={"help": "How far the logits may be apart, relative, in float32, on random tokens."}
+    tolerance: float | None = field(
+        default=None,
+        metadata={
+            "help": "How far the logits may be apart, relative, on random tokens in float32; 1e-4, or 3e-2 if --dtype "
+            "rounds the weights."
+        },
     )
     check_tokens: int = field(default=64, metadata={"help": "Random tokens on which logits are compared."})
     overwrite: bool = field(default=False, metadata={"help": "Replace the output folder if it is not empty."})
 
 
-def reference(folder: Path, config: LamoeConfig) -> tuple[str, LamoeForCausalLM]:
-    """The checkpoint in `folder` by the best witness there is, in float32, and that witness's name.
+def reference(folder: Path, config: LamoeConfig) -> PreTrainedModel:
+    """The checkpoint in `folder` by the best witness there is, in float32.
 
     That is Transformers' class of its `model_type`; for kimi_k2, which has none, the native class of the same
     architecture; else our own.
@@ -68,7 +73,54 @@ def reference(folder: Path, config: LamoeConfig) -> tuple[str, LamoeForCausalLM]
     model, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     if found["missing_keys"] or found["mismatched_keys"]:
         raise ValueError(f"{folder} lacks weights of {type(model).__name__}: {found}.")
-    return type(model).__name__, model
+    return model
+
+
+def dequantise(source: Path, folder: Path):
+    """Write the FP8 checkpoint in `source` (DeepSeek-V3's block scales) to `folder` in bfloat16, file by file.
+
+    Transformers 5.23 does this too, but takes the block's size from the number of scales: where the last block is not
+    full (576 rows in blocks of 128) it refuses, or multiplies rows by their neighbours' scale.
+
+    Raises:
+        ValueError: it is quantised in another way, or a scale is missing or of another shape.
+    """
+    written = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    scheme = written.pop("quantization_config")
+    block = scheme.get("weight_block_size")
+    if scheme.get("quant_method") != "fp8" or not block:
+        raise ValueError(f"quantization_config={scheme} is not FP8 in blocks, the only quantisation that is read.")
+    (folder / "config.json").write_text(json.dumps(written | {"dtype": "bfloat16"}), encoding="utf-8")
+    if (source / "generation_config.json").is_file():
+        shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
+
+    files = checkpoint_tensors(source)
+    scales = {}
+    for file in sorted(set(files.values())):
+        with safe_open(file, framework="pt") as opened:
+            scales |= {name: opened.get_tensor(name) for name in opened.keys() if name.endswith("_scale_inv")}  # noqa: SIM118
+    weight_map = {}
+    for file in sorted(set(files.values())):
+        names = [name for name, holder in files.items() if holder == file and name not in scales]
+        with safe_open(file, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in names}
+        for name, weight in tensors.items():
+            if weight.element_size() == 1:
+                tensors[name] = _times_scale(name, weight, scales.get(f"{name}_scale_inv"), block)
+        save_file(tensors, folder / file.name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file.name)
+    if len(set(files.values())) > 1:
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+
+
+def _times_scale(name: str, weight: torch.Tensor, scale: torch.Tensor | None, block: list[int]) -> torch.Tensor:
+    """FP8 `weight` [rows, columns] times the scale of its block, rounded once, to bfloat16."""
+    expected = [-(-size // width) for size, width in zip(weight.shape, block, strict=True)]
+    if scale is None or list(scale.shape) != expected:
+        found = "none" if scale is None else list(scale.shape)
+        raise ValueError(f"{name} is FP8 and needs scales {expected} in {name}_scale_inv; there is {found}.")
+    whole = scale.float().repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    return (weight.float() * whole[: weight.shape[0], : weight.shape[1]]).bfloat16()
 
 
 def mtp_tensors(folder: Path, config: LamoeConfig) -> dict[str, Path]:
@@ -117,52 +169,56 @@ def main(arguments: Arguments):
         raise ValueError(f"{source} is both source and output folder; choose another output folder.")
     if not (source / "config.json").is_file():
         raise ValueError(f"{source} has no config.json; give the folder of a checkpoint.")
-    config = LamoeConfig.from_pretrained(source)
-    extra = {} if arguments.mtp == "drop" else mtp_tensors(source, config)
-    if extra and any(name.endswith("weight_scale_inv") for name in extra):
-        raise ValueError(
-            "The multi-token-prediction layers are in FP8 and the converted checkpoint is not, so that they cannot be "
-            "copied as they are; leave them out with --mtp drop."
-        )
+    checkpoint_tensors(source)
+    with fresh_folder(arguments.output_dir, arguments.overwrite) as folder:
+        if "quantization_config" in json.loads((source / "config.json").read_text(encoding="utf-8")):
+            with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as plain:
+                dequantise(source, Path(plain))
+                convert(Path(plain), folder, arguments)
+        else:
+            convert(source, folder, arguments)
+        for pattern in TOKENIZER_FILES:
+            for file in source.glob(pattern):
+                shutil.copyfile(file, folder / file.name)
+    Console().print(f"Saved in {arguments.output_dir}")
+
+
+def convert(source: Path, folder: Path, arguments: Arguments):
+    """Write the checkpoint in `source`, which is not quantised, to the empty `folder` and compare the two."""
     console = Console()
+    config = LamoeConfig.from_pretrained(source)
     native, reason = config.native_form()
     if native:
         console.print(f"Natively a {native} model: the folder will load with and without Lamoe.")
     else:
         console.print(f"No native class can express it ({reason}); the folder will say model_type lamoe.")
-
+    extra = {} if arguments.mtp == "drop" else mtp_tensors(source, config)
     model = load_complete(LamoeForCausalLM, source, dtype=arguments.dtype)
     model.config.num_nextn_predict_layers = config.num_nextn_predict_layers if extra else 0
-    with fresh_folder(arguments.output_dir, arguments.overwrite) as folder:
-        model.save_pretrained(folder, max_shard_size=arguments.max_shard_size)
-        for pattern in TOKENIZER_FILES:
-            for file in source.glob(pattern):
-                shutil.copyfile(file, folder / file.name)
-        del model
+    model.save_pretrained(folder, max_shard_size=arguments.max_shard_size)
+    del model
 
-        witness, expected = reference(source, config)
-        if native:
-            ways = load_three_ways(folder, dtype=torch.float32)
-        else:
-            options = {"dtype": torch.float32}
-            ways = {"remote code": load_complete(AutoModelForCausalLM, folder, trust_remote_code=True, **options)}
-            ways["package"] = load_complete(LamoeForCausalLM, folder, **options)
-        generator = torch.Generator().manual_seed(0)
-        length = min(arguments.check_tokens, config.max_position_embeddings)
-        ids = torch.randint(0, config.vocab_size, (1, length), generator=generator)
-        distances = compare_logits({f"source by {witness}": expected, **ways}, ids, arguments.tolerance)
-        del expected, ways
-        if extra:
-            append_shard(folder, extra)
-
-    table = Table("loaded", "distance of its logits", title=f"{arguments.output_dir}")
+    options = {"dtype": torch.float32}
+    if native:
+        ways = load_three_ways(folder, **options)
+    else:
+        ways = {"remote code": load_complete(AutoModelForCausalLM, folder, trust_remote_code=True, **options)}
+        ways["package"] = load_complete(LamoeForCausalLM, folder, **options)
+    expected = reference(source, config)
+    rounded = arguments.dtype in ("bfloat16", "float16")
+    tolerance = arguments.tolerance if arguments.tolerance is not None else 3e-2 if rounded else 1e-4
+    generator = torch.Generator().manual_seed(0)
+    length = min(arguments.check_tokens, config.max_position_embeddings)
+    ids = torch.randint(0, config.vocab_size, (1, length), generator=generator)
+    distances = compare_logits({f"source by {type(expected).__name__}": expected, **ways}, ids, tolerance)
+    table = Table("loaded", "distance of its logits")
     for way, distance in distances.items():
         table.add_row(way, f"{distance:.1e}")
     console.print(table)
     if extra:
-        console.print(
-            f"{len(extra)} tensors of {config.num_nextn_predict_layers} multi-token-prediction layers copied."
-        )
+        append_shard(folder, extra)
+        layers = config.num_nextn_predict_layers
+        console.print(f"{len(extra)} tensors of {layers} multi-token-prediction layers copied.")
 
 
 if __name__ == "__main__":

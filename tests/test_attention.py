@@ -229,8 +229,9 @@ def taken(monkeypatch):
     """The forms that LamoeAttention takes, in order."""
     forms = []
     for name in ("_expanded", "_absorbed"):
+        real = getattr(LamoeAttention, name)
 
-        def record(self, *args, _name=name, _real=getattr(LamoeAttention, name), **kwargs):
+        def record(self, *args, _name=name, _real=real, **kwargs):
             forms.append(_name[1:])
             return _real(self, *args, **kwargs)
 

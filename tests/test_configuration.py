@@ -268,7 +268,7 @@ def test_foreign_keys_of_a_file_are_named_once_and_dropped(tmp_path, caplog):
 def test_other_architectures_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 64}))
     with pytest.raises(
-        ValueError, match="model_type=.llama. is not a DeepSeek-shaped checkpoint; Lamoe reads lamoe, deepseek_v2"
+        ValueError, match=r"model_type=.llama. is not a DeepSeek-shaped checkpoint; Lamoe reads lamoe, deepseek_v2"
     ):
         LamoeConfig.from_pretrained(tmp_path)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import CompileConfig, ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
 
 from lamoe import LamoeForCausalLM
 from tests.tiny import lamoe_model, random_ids
@@ -225,8 +226,10 @@ def test_a_quantised_cache_is_near(ours, backend):
 
 
 # What makes the only layer of a model one with experts.
-SPARSE = dict.fromkeys(("v2-lite", "v3"), {"first_k_dense_replace": 0}) | {
-    "glm-4.7-flash": {"mlp_layer_types": ["sparse"]}
+SPARSE = {
+    "v2-lite": {"first_k_dense_replace": 0},
+    "v3": {"first_k_dense_replace": 0},
+    "glm-4.7-flash": {"mlp_layer_types": ["sparse"]},
 }
 
 
@@ -261,7 +264,7 @@ def test_a_static_cache_compiled_by_inductor(tmp_path):
 # Continuous batching: eight prompts, two of them with a common beginning of four pages.
 COMMON = random_ids(1, 34, seed=20)[0].tolist()
 PROMPTS = [random_ids(1, n, seed=n)[0].tolist() for n in (3, 9, 21, 40, 5, 1)]
-PROMPTS += [COMMON + [5, 6], COMMON + [7]]
+PROMPTS += [[*COMMON, 5, 6], [*COMMON, 7]]
 BATCHING = {"page_size": 8, "num_blocks": 24, "max_batch_tokens": 16, "max_requests_per_batch": 4}
 
 
@@ -280,9 +283,14 @@ def alone(model, prompts=PROMPTS):
     return [generate(model, torch.tensor([p]))[0, len(p) :].tolist() for p in prompts]
 
 
+@pytest.fixture(scope="module")
+def one_by_one(ours):
+    """What `generate` gives for each of PROMPTS."""
+    return alone(ours)
+
+
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_continuous_batching_gives_the_tokens_of_generate(ours, implementation, monkeypatch):
-    expected = alone(ours)
+def test_continuous_batching_gives_the_tokens_of_generate(ours, one_by_one, implementation, monkeypatch):
     counted = CountedForwards(ours, monkeypatch)
     shared, search = [], PagedAttentionCache.search_prefix_match
     monkeypatch.setattr(
@@ -292,7 +300,7 @@ def test_continuous_batching_gives_the_tokens_of_generate(ours, implementation, 
     )
     ours.set_attn_implementation(implementation)
     try:
-        assert batched(ours) == expected
+        assert batched(ours) == one_by_one
         assert ours.config._attn_implementation == implementation
     finally:
         ours.set_attn_implementation("sdpa")
@@ -301,11 +309,14 @@ def test_continuous_batching_gives_the_tokens_of_generate(ours, implementation, 
     assert max(shared) == 32  # four whole pages of the common beginning
 
 
-def test_continuous_batching_under_memory_pressure(ours):
-    expected = alone(ours)
-    assert batched(ours, num_blocks=9) == expected  # 72 slots for requests of up to 52 tokens: some are evicted
-    assert batched(ours, allow_block_sharing=False) == expected
-    assert batched(ours, page_size=16, max_batch_tokens=200) == expected
+def test_continuous_batching_under_memory_pressure(ours, one_by_one, monkeypatch):
+    evicted, offload = [], OffloadingManager.offload_requests
+    monkeypatch.setattr(
+        OffloadingManager, "offload_requests", lambda self: evicted.append(offload(self)) or evicted[-1]
+    )
+    # 72 slots for requests of up to 52 tokens
+    assert batched(ours, num_blocks=9, allow_block_sharing=False, safety_margin=0.0) == one_by_one
+    assert any(evicted)
 
 
 def test_several_sequences_of_a_prompt_by_continuous_batching(ours):
@@ -318,7 +329,7 @@ def test_several_sequences_of_a_prompt_by_continuous_batching(ours):
     assert all(len(result.generated_tokens) == 5 and result.error is None for result in results.values())
 
 
-def test_continuous_batching_changes_nothing_of_the_callers(ours):
+def test_continuous_batching_changes_nothing_of_the_callers(ours, one_by_one):
     settings, before = ContinuousBatchingConfig(**BATCHING), ours.config.to_dict()
     config, kept = ours.config, copy.deepcopy(settings)
     generation = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=-1)
@@ -327,7 +338,7 @@ def test_continuous_batching_changes_nothing_of_the_callers(ours):
     assert ours.config is config and ours.config.to_dict() == before
     second = ours.generate_batch(PROMPTS[:2], generation_config=generation, continuous_batching_config=settings)
     tokens = [[result.generated_tokens for result in results.values()] for results in (first, second)]
-    assert tokens[0] == tokens[1] == [row[:3] for row in alone(ours, PROMPTS[:2])]
+    assert tokens[0] == tokens[1] == [row[:3] for row in one_by_one[:2]]
 
 
 @pytest.mark.parametrize("kv_lora_rank", [16, 17])
@@ -353,7 +364,7 @@ def test_pages_hold_latents_and_nothing_else(tmp_path, monkeypatch, kv_lora_rank
     assert cache.num_sectors * cache.bytes_per_sector <= (BATCHING["num_blocks"] + 1) * allocator.bytes_per_block * 4
 
 
-def test_what_transformers_serve_calls(ours):
+def test_what_transformers_serve_calls(ours, one_by_one):
     """`transformers serve --continuous-batching` drives a model through this manager."""
     serving = pytest.importorskip("transformers.cli.serving.utils")
     manager = serving.CBGenerateManager(ContinuousBatchingConfig(**BATCHING))
@@ -376,4 +387,4 @@ def test_what_transformers_serve_calls(ours):
         answers = asyncio.run(requests())
     finally:
         manager.stop()
-    assert [tokens for _, _, tokens in answers] == alone(ours, PROMPTS[:4])
+    assert [tokens for _, _, tokens in answers] == one_by_one[:4]

@@ -98,7 +98,7 @@ class Suite(
 
 
 class DeepseekV3Shape(Suite, FSDPTesterMixin, unittest.TestCase):
-    """Sigmoid scores, group-limited choice with a correction bias, low-rank queries; also sharded, on up to 8 ranks."""
+    """Sigmoid scores, group-limited choice with a correction bias, low-rank queries; also sharded, to 8 ranks."""
 
     shape = V3_SHAPE
 
