@@ -147,6 +147,12 @@ class LamoeConfig(PreTrainedConfig):
         "layers.*.mlp.experts.down_proj": "grouped_gemm",
         "layers.*.mlp.experts": "ep_dispatch_experts",
     }
+    base_model_fsdp_plan = {
+        "embed_tokens": "free_full_weight",
+        "layers.*.mlp.gate": "free_full_weight",  # by itself: FSDP2 wants one dtype a unit, and the router is float32
+        "layers.*": "free_full_weight",
+        "norm": "keep_full_weight",
+    }
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
@@ -221,6 +227,9 @@ class LamoeConfig(PreTrainedConfig):
         self._refuse_unknown(kwargs)
         super().__post_init__(**kwargs)
         self.rope_parameters = _clean_rope(self.rope_parameters)
+        absent = "q_b_proj" if self.q_lora_rank is None else "q_proj"
+        plan = type(self).base_model_tp_plan.items()
+        self.base_model_tp_plan = {name: style for name, style in plan if not name.endswith(f".{absent}")}
         self.validate_experts()
         self.validate_choices()
         self.validate_attention()

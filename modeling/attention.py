@@ -111,17 +111,24 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
 
     Args:
         query: [B, H, T, P + R]; key: [B, H, S, P + R]; value: [B, H, S, V].
-        attention_mask: additive [B, 1, T, S], or None.
+        attention_mask: [B or 1, 1, T, S], additive or boolean (True is seen), or None.
 
     Returns:
         [B, T, H, V], and the weights [B, H, T, S].
     """
-    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
+    scores = _masked(torch.matmul(query, key.transpose(2, 3)) * scaling, attention_mask)
     weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+def _masked(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Scores with what a mask hides made as small as can be; finite, so that a row of padding gives no NaN."""
+    if mask is None:
+        return scores
+    if mask.dtype == torch.bool:
+        return scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return scores + mask
 
 
 def absorbed_attention(
@@ -157,10 +164,7 @@ def absorbed_attention(
         plain = torch.bmm(rows_BXC, c_BSC[:, start:stop].mT)
         both = torch.baddbmm(plain, rows_BXR, k_BSR[:, start:stop].mT) if rows_BXR.shape[-1] else plain
         both = both.view(B, H, T, stop - start).to(exact) * scaling
-        if mask is None:
-            return both
-        seen = mask[..., start:stop]
-        return both.masked_fill(~seen, torch.finfo(exact).min) if seen.dtype == torch.bool else both + seen
+        return _masked(both, None if mask is None else mask[..., start:stop])
 
     if max_scores is None:
         max_scores = MAX_SCORES_CPU if q_BHTC.device.type == "cpu" else MAX_SCORES
@@ -170,7 +174,7 @@ def absorbed_attention(
         out = torch.bmm(weights.view(B, H * T, S), c_BSC).view(B, H, T, C)
         return out, weights if return_weights else None
 
-    top = q_BHTC.new_full((B, H, T, 1), -math.inf, dtype=exact)
+    top = q_BHTC.new_full((B, H, T, 1), torch.finfo(exact).min, dtype=exact)  # finite: -inf - -inf is NaN
     mass = q_BHTC.new_zeros((B, H, T, 1), dtype=exact)
     out = q_BHTC.new_zeros((B, H, T, C), dtype=exact)
     for start in range(0, S, chunk):
@@ -322,8 +326,8 @@ class LamoeAttention(nn.Module):
 def unreadable_weight(projection: nn.Module, hidden_states: Tensor) -> str | None:
     """Why the effective weight of `projection` is not simply its `weight`; None if it is."""
     if type(projection) is not nn.Linear:
-        return f"is a {type(projection).__name__}"
-    if projection._forward_hooks or projection._forward_pre_hooks or hasattr(projection, "_hf_hook"):
+        return f"is a {type(projection).__module__}.{type(projection).__qualname__}"
+    if projection._forward_hooks or projection._forward_pre_hooks or "forward" in vars(projection):
         return "has hooks"
     weight = projection.weight
     if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point():

@@ -1,7 +1,10 @@
-"""Continuous batching over pages of latents: how Transformers' paged cache is made to hold them."""
+"""What generation needs beyond the cache convention: pages of latents, and the experts' way at decode."""
 
 import copy
+from contextlib import nullcontext
+from types import SimpleNamespace
 
+import torch
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 
@@ -16,11 +19,22 @@ def paged_view(config):
     return view
 
 
-class LatentBatchingMixin:
-    """`generate_batch` and `transformers serve --continuous-batching` for a model whose cache holds latents.
+class LamoeGenerationMixin:
+    """`generate_batch` and `transformers serve --continuous-batching` over latents; no copies of experts at decode.
 
-    To stand before PreTrainedModel in a class's bases. Native latent-attention classes fail there.
+    To stand before GenerationMixin in a class's bases. Native latent-attention classes fail in continuous batching.
     """
+
+    def _optimize_model_for_decode(self):
+        """Keep grouped_mm at decode where Transformers would switch to batched_mm, which copies every chosen expert.
+
+        V2-Lite's shape, compiled, one H100, milliseconds a step: 6.1 against 7.0 at batch 1, 11.1 against 17.5 at 4,
+        29.8 against 64.3 at 16 (context 8k). Elsewhere grouped_mm is a loop, so all is as ever.
+        """
+        fast = self.device.type == "cuda" and self.dtype == torch.bfloat16
+        if fast and torch.cuda.get_device_capability(self.device) >= (8, 0):
+            return nullcontext()
+        return super()._optimize_model_for_decode()
 
     def init_continuous_batching(self, generation_config=None, continuous_batching_config=None, workload_hints=None):
         """Transformers' manager, with pages as wide as the latent and without the flash kernels' own page tables.
@@ -34,12 +48,14 @@ class LatentBatchingMixin:
         create = type(manager)._create_batch_processor
 
         def create_with_latent_pages():
-            config = self.config
-            self.config = paged_view(config)
+            sizes = {"device": self.device, "dtype": self.dtype}
+            manager.model = SimpleNamespace(
+                config=paged_view(self.config), _supports_logits_to_keep=self._supports_logits_to_keep, **sizes
+            )
             try:
                 return create(manager)
             finally:
-                self.config = config
+                manager.model = self
 
         manager._create_batch_processor = create_with_latent_pages
         return manager

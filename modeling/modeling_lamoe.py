@@ -3,6 +3,8 @@
 Parameter names are DeepSeek-V3's. Attention is in attention.py, experts in moe.py.
 """
 
+from typing import Unpack
+
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
@@ -17,13 +19,13 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
-from transformers.utils import can_return_tuple, logging
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import LamoeAttention, LamoeRMSNorm, LamoeRotaryEmbedding, unreadable_weight
 from .configuration_lamoe import LamoeConfig
-from .generation import LatentBatchingMixin
+from .generation import LamoeGenerationMixin
 from .losses import next_token_loss, router_losses
 from .moe import LamoeExperts, LamoeMLP, LamoeMoE, LamoeTopkRouter
 
@@ -91,6 +93,8 @@ class LamoePreTrainedModel(PreTrainedModel):
 
     def __init__(self, config, *inputs, **kwargs):
         super().__init__(config, *inputs, **kwargs)
+        if config.topk_method != "noaux_tc":  # such a router has no bias
+            self._keep_in_fp32_modules_strict = ["mlp.gate.weight"]
         # Layers past the last are the checkpoint's multi-token-prediction layers.
         first, extra = config.num_hidden_layers, config.num_nextn_predict_layers
         beyond = "|".join(str(i) for i in range(first, first + max(extra, 1)))
@@ -102,7 +106,7 @@ class LamoePreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        return True  # likewise, in moe.py
+        return True  # likewise: @use_experts_implementation stands in moe.py
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -176,7 +180,7 @@ class LamoeModel(LamoePreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         mla_form: str | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> MoeModelOutputWithPast:
         """Hidden states [B, T, D] of `input_ids` [B, T] or `inputs_embeds` [B, T, D].
 
@@ -191,8 +195,6 @@ class LamoeModel(LamoePreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         T = inputs_embeds.shape[1]
@@ -207,6 +209,8 @@ class LamoeModel(LamoePreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
+        if use_cache and past_key_values is None:  # not before: with any cache the mask ignores packing
+            past_key_values = DynamicCache(config=self.config)
         token_mask = None
         if self.training and attention_mask is not None and attention_mask.dim() == 2:
             token_mask = attention_mask[:, -T:].bool()
@@ -249,7 +253,7 @@ class LamoeModel(LamoePreTrainedModel):
             )
 
 
-class LamoeForCausalLM(LatentBatchingMixin, LamoePreTrainedModel, GenerationMixin):
+class LamoeForCausalLM(LamoeGenerationMixin, LamoePreTrainedModel, GenerationMixin):
     """Lamoe with a language-model head: trains with `labels`, generates with `generate` and `generate_batch`."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -278,7 +282,7 @@ class LamoeForCausalLM(LatentBatchingMixin, LamoePreTrainedModel, GenerationMixi
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool | None = None,
         mla_form: str | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> MoeCausalLMOutputWithPast:
         """Logits [B, T, vocabulary] of the next token, and the loss if there are `labels` [B, T] (-100 is no target).
 

@@ -36,18 +36,21 @@ class Arguments:
     output_dir: str = field(
         default="outputs/quickstart", metadata={"help": "Folder for the trained model and its tokenizer."}
     )
-    text: str = field(default=str(SHAKESPEARE), metadata={"help": "Text file to train on; ten plays by default."})
+    text: str | None = field(default=None, metadata={"help": "Text file to train on; ten plays by default."})
     preset: str = field(default="tiny", metadata={"help": "Shape of the model, one of LamoeConfig.presets()."})
-    vocab_size: int = field(default=2048, metadata={"help": "Entries of the tokenizer that is trained on the text."})
-    steps: int = field(default=300, metadata={"help": "Optimizer steps."})
+    vocab_size: int | None = field(
+        default=None,
+        metadata={"help": "Entries of the tokenizer that is trained on the text; the preset's by default."},
+    )
+    steps: int = field(default=200, metadata={"help": "Optimizer steps."})
     batch_size: int = field(default=8, metadata={"help": "Sequences a step."})
     sequence_length: int = field(default=128, metadata={"help": "Tokens a sequence."})
     learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate of AdamW."})
     bias_speed: float = field(
-        default=3e-3, metadata={"help": "Step of the routers' balancing bias; 0 leaves the experts unbalanced."}
+        default=1e-2, metadata={"help": "Step of the routers' balancing bias; 0 leaves the experts unbalanced."}
     )
     held_out: float = field(
-        default=0.03, metadata={"help": "Share of the text, its end, that is kept for evaluation."}
+        default=0.02, metadata={"help": "Share of the text, its end, that is kept for evaluation."}
     )
     prompt: str = field(default="HAMLET.\n", metadata={"help": "What the trained model continues."})
     max_new_tokens: int = field(default=120, metadata={"help": "Length of the continuation."})
@@ -131,9 +134,10 @@ def main(arguments: Arguments):
     console = Console()
     with fresh_folder(arguments.output_dir, arguments.overwrite) as folder:
         set_seed(arguments.seed)
-        (text,) = read_documents([arguments.text])
+        (text,) = read_documents([arguments.text or SHAKESPEARE])
         training_text, held_out_text = split(text, arguments.held_out)
-        tokenizer = train_tokenizer(training_text, arguments.vocab_size)
+        config = LamoeConfig.from_preset(arguments.preset)
+        tokenizer = train_tokenizer(training_text, arguments.vocab_size or config.vocab_size)
         examples = pack(tokenizer, [training_text], arguments.sequence_length)
         held_out = pack(tokenizer, [held_out_text], arguments.sequence_length)
 
@@ -149,7 +153,7 @@ def main(arguments: Arguments):
 
         def evaluate() -> tuple[Score, float]:
             length = arguments.sequence_length
-            return score(model, tokenizer, [held_out_text], length, length), measure_balance(model, held_out)
+            return score(model, tokenizer, [held_out_text], length, length), measure_balance(model, held_out[:32])
 
         console.print(
             f"Training {config.num_hidden_layers} layers of {config.n_routed_experts} experts on "
