@@ -147,12 +147,6 @@ class LamoeConfig(PreTrainedConfig):
         "layers.*.mlp.experts.down_proj": "grouped_gemm",
         "layers.*.mlp.experts": "ep_dispatch_experts",
     }
-    base_model_fsdp_plan = {
-        "embed_tokens": "free_full_weight",
-        "layers.*.mlp.gate": "free_full_weight",  # by itself: FSDP2 wants one dtype a unit, and the router is float32
-        "layers.*": "free_full_weight",
-        "norm": "keep_full_weight",
-    }
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),

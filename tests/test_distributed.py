@@ -23,6 +23,7 @@ def _rank(rank: int, port: int, folder: str):
     loss = model(ids, labels=ids).loss
     loss.backward()
     gate = model.routers[0].weight
+    assert model.model.layers[1].self_attn.o_proj.weight.dtype == torch.bfloat16
     used = model.update_router_bias(0.5)
     if rank == 0:
         torch.save([loss.detach(), gate.dtype, used, model.routers[0].e_score_correction_bias.cpu()], f"{folder}/out")
