@@ -162,15 +162,16 @@ def absorbed_attention(
 
     def scores(start: int, stop: int) -> Tensor:
         plain = torch.bmm(rows_BXC, c_BSC[:, start:stop].mT)
-        both = torch.baddbmm(plain, rows_BXR, k_BSR[:, start:stop].mT) if rows_BXR.shape[-1] else plain
-        both = both.view(B, H, T, stop - start).to(exact) * scaling
+        both = torch.baddbmm(plain, rows_BXR, k_BSR[:, start:stop].mT, beta=scaling, alpha=scaling)
+        both = both.view(B, H, T, stop - start)
         return _masked(both, None if mask is None else mask[..., start:stop])
 
     if max_scores is None:
         max_scores = MAX_SCORES_CPU if q_BHTC.device.type == "cpu" else MAX_SCORES
     chunk = max(256, max_scores // max(B * H * T, 1))
     if chunk >= S or return_weights:
-        weights = F.dropout(torch.softmax(scores(0, S), dim=-1).to(q_BHTC.dtype), dropout, training=dropout > 0)
+        weights = torch.softmax(scores(0, S), dim=-1, dtype=exact).to(q_BHTC.dtype)
+        weights = F.dropout(weights, dropout, training=dropout > 0)
         out = torch.bmm(weights.view(B, H * T, S), c_BSC).view(B, H, T, C)
         return out, weights if return_weights else None
 
@@ -179,7 +180,7 @@ def absorbed_attention(
     out = q_BHTC.new_zeros((B, H, T, C), dtype=exact)
     for start in range(0, S, chunk):
         stop = min(start + chunk, S)
-        s = scores(start, stop)
+        s = scores(start, stop).to(exact)
         higher = torch.maximum(top, s.amax(-1, keepdim=True))
         weights = torch.exp(s - higher)
         fade = torch.exp(top - higher)

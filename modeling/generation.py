@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import torch
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
+MANY_ROWS = 20  # chosen experts a step, from which copying their weights costs more than grouped_mm's launches
+
 
 def paged_view(config):
     """A copy of `config` from which the paged cache sizes its slots: one key-value head of width ceil((C + R) / 2).
@@ -25,14 +27,25 @@ class LamoeGenerationMixin:
     To stand before GenerationMixin in a class's bases. Native latent-attention classes fail in continuous batching.
     """
 
+    _launch_bound = False
+
+    def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
+        """Transformers' answer; and note whether decoding will wait for launches, as few rows do without a graph."""
+        compiles = super()._valid_auto_compile_criteria(model_kwargs, generation_config)
+        mask = model_kwargs.get("attention_mask")
+        rows = MANY_ROWS if mask is None else mask.shape[0] * self.config.num_experts_per_tok
+        self._launch_bound = not compiles and rows < MANY_ROWS
+        return compiles
+
     def _optimize_model_for_decode(self):
         """Keep grouped_mm at decode where Transformers would switch to batched_mm, which copies every chosen expert.
 
-        V2-Lite's shape, compiled, one H100, milliseconds a step: 6.1 against 7.0 at batch 1, 11.1 against 17.5 at 4,
-        29.8 against 64.3 at 16 (context 8k). Elsewhere grouped_mm is a loop, so all is as ever.
+        V2-Lite's shape, one H100, milliseconds a step, grouped against batched: compiled 6.1/7.0 at batch 1, 11.1/17.5
+        at 4, 29.8/64.3 at 16 (context 8k). Only few rows without a graph go the other way, 47/34 at batch 1, since
+        grouped_mm takes more launches. In other dtypes and on older GPUs grouped_mm is a loop, and all is as ever.
         """
         fast = self.device.type == "cuda" and self.dtype == torch.bfloat16
-        if fast and torch.cuda.get_device_capability(self.device) >= (8, 0):
+        if fast and not self._launch_bound and torch.cuda.get_device_capability(self.device) >= (8, 0):
             return nullcontext()
         return super()._optimize_model_for_decode()
 

@@ -145,11 +145,11 @@ class LamoeExperts(nn.Module):
         by_expert, order = top_k_index.reshape(-1).clamp(max=self.num_experts).sort(stable=True)
         counts = torch.bincount(by_expert, minlength=self.num_experts + 1).tolist()
         pieces = []
-        for expert, rows in enumerate(order.split(counts)[:-1]):
+        weights = zip(self.gate_up_proj.unbind(0), self.down_proj.unbind(0), strict=True)  # one gradient for all
+        for rows, (gate_up, down) in zip(order.split(counts), weights, strict=False):
             if len(rows):
-                x = hidden_states[rows // K].to(self.gate_up_proj.dtype)
-                gate, up = F.linear(x, self.gate_up_proj[expert]).chunk(2, dim=-1)
-                pieces.append(F.linear(self.act_fn(gate) * up, self.down_proj[expert]))
+                gate, up = F.linear(hidden_states[rows // K].to(gate_up.dtype), gate_up).chunk(2, dim=-1)
+                pieces.append(F.linear(self.act_fn(gate) * up, down))
         pieces.append(hidden_states.new_zeros((counts[-1], self.hidden_dim), dtype=self.down_proj.dtype))
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(N * K, device=order.device))
         rows_NKD = torch.cat(pieces)[inverse].view(N, K, self.hidden_dim)
