@@ -92,9 +92,11 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tens
         [B, H, T, R] in `x`'s dtype, computed in that of `cos`; pair i comes back as (y[i], y[R/2 + i]) in both cases,
         which no score can tell, since queries and keys agree.
     """
-    first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
+    exact = x.to(cos.dtype)
+    first, second = (exact[..., 0::2], exact[..., 1::2]) if interleaved else exact.chunk(2, dim=-1)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    turned = (torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin))
+    return torch.cat(turned, dim=-1).to(x.dtype)
 
 
 def attention_scale(config) -> float:
@@ -239,7 +241,8 @@ class LamoeAttention(nn.Module):
         q_BHTP, q_BHTR = self._queries(hidden_states).split(self.query_widths, dim=-1)
         c, k = self.kv_a_proj_with_mqa(hidden_states).split(self.latent_widths, dim=-1)
         c, k = self.kv_a_layernorm(c).unsqueeze(1), k.unsqueeze(1)
-        q_BHTR, k = (rotate_pairs(x, *position_embeddings, self.config.rope_interleave) for x in (q_BHTR, k))
+        both = torch.cat((q_BHTR, k), dim=1)  # one turn for queries and key: at decode each launch counts
+        q_BHTR, k = rotate_pairs(both, *position_embeddings, self.config.rope_interleave).tensor_split([-1], dim=1)
 
         pages = kwargs.pop("cache", None)
         if pages is not None:

@@ -124,7 +124,7 @@ class LamoePreTrainedModel(PreTrainedModel):
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """Each rank counts its own tokens; DistributedDataParallel must not broadcast rank 0's counts over them."""
-        return [name for name, _ in self.named_buffers() if name.endswith((".tokens_per_expert", ".nonfinite"))]
+        return [name for name, _ in self.named_buffers() if name.endswith(".tokens_per_expert")]
 
     @torch.no_grad()
     def update_router_bias(self, speed: float = 1e-3, group=None) -> list[Tensor]:
@@ -237,14 +237,14 @@ class LamoeModel(LamoePreTrainedModel):
         if self.config.router_nonfinite != "raise" or torch.compiler.is_compiling():
             return
         self.forwards_in_training += self.training
-        flags = [layer.mlp.gate.nonfinite for layer in self.layers if isinstance(layer.mlp, LamoeMoE)]
-        if not flags or flags[0].device.type == "meta":
+        sums = [layer.mlp.gate.checksum for layer in self.layers if isinstance(layer.mlp, LamoeMoE)]
+        if not sums or sums[0].device.type == "meta":
             return
-        if flags[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        if sums[0].is_cuda and torch.cuda.is_current_stream_capturing():
             return
-        bad = torch.stack([flag.to(flags[0].device) for flag in flags])
-        if bad.any():
-            layer = self.config.moe_layers[int(bad.nonzero()[0])]
+        finite = torch.isfinite(torch.stack([s.to(sums[0].device) for s in sums])).tolist()
+        if not all(finite):
+            layer = self.config.moe_layers[finite.index(False)]
             when = f"in training forward {self.forwards_in_training}" if self.training else "in evaluation"
             raise ValueError(
                 f"The router of layer {layer} got NaN or infinite values {when}. Train in bfloat16, not float16,"

@@ -44,7 +44,8 @@ class LamoeTopkRouter(KeepsFloat32, nn.Module):
     """Scores, selection and weights of the routed experts, in float32 whatever autocast and `.to()` say.
 
     `tokens_per_expert` [E] counts what training has routed since the last `reset_counts`: without padding, and without
-    the second run of gradient checkpointing. `nonfinite`: logits of the last forward were NaN or infinite.
+    the second run of gradient checkpointing. `checksum`, the sum of the last forward's logits, is not finite if one of
+    them was not; it costs one launch, and the model looks at those of all layers at once.
     """
 
     def __init__(self, config, layer_idx: int):
@@ -55,7 +56,7 @@ class LamoeTopkRouter(KeepsFloat32, nn.Module):
         if config.topk_method == "noaux_tc":
             self.e_score_correction_bias = nn.Buffer(torch.zeros(config.n_routed_experts, dtype=torch.float32))
         self.tokens_per_expert = nn.Buffer(torch.zeros(config.n_routed_experts, dtype=torch.int64), persistent=False)
-        self.nonfinite = nn.Buffer(torch.zeros((), dtype=torch.bool), persistent=False)
+        self.checksum: Tensor | None = None
 
     def reset_parameters(self):
         """Draw the weight and zero the buffers; leaves alone what a checkpoint has filled."""
@@ -63,7 +64,6 @@ class LamoeTopkRouter(KeepsFloat32, nn.Module):
         if self.config.topk_method == "noaux_tc":
             init.zeros_(self.e_score_correction_bias)
         init.zeros_(self.tokens_per_expert)
-        init.zeros_(self.nonfinite)
 
     def reset_counts(self):
         """Start counting anew."""
@@ -79,8 +79,10 @@ class LamoeTopkRouter(KeepsFloat32, nn.Module):
         exact = torch.promote_types(x_ND.dtype, torch.float32)
         with torch.autocast(x_ND.device.type, enabled=False):
             logits = F.linear(x_ND.to(exact), self.weight.to(exact))
-        if self.config.router_nonfinite != "ignore":
-            logits = self._watch(logits)
+        if self.config.router_nonfinite == "zero":
+            logits = torch.where(torch.isfinite(logits).all(dim=-1, keepdim=True), logits, 0.0)
+        elif self.config.router_nonfinite == "raise" and not torch.compiler.is_compiling():
+            self.checksum = logits.detach().sum()
         scores = expert_scores(logits, self.config.scoring_func)
         bias = self.e_score_correction_bias if self.config.topk_method == "noaux_tc" else None
         experts = select_experts(scores.detach(), bias, self.config)
@@ -89,14 +91,9 @@ class LamoeTopkRouter(KeepsFloat32, nn.Module):
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         if self.training and not _recomputing():
             self._count(experts, token_mask)
-        return logits, weights * self.config.routed_scaling_factor, experts
-
-    def _watch(self, logits: Tensor) -> Tensor:
-        finite = torch.isfinite(logits).all(dim=-1, keepdim=True)
-        if self.config.router_nonfinite == "zero":
-            return torch.where(finite, logits, 0.0)
-        self.nonfinite.copy_(~finite.all())
-        return logits
+        if self.config.routed_scaling_factor != 1:
+            weights = weights * self.config.routed_scaling_factor
+        return logits, weights, experts
 
     @torch.no_grad()
     def _count(self, experts: Tensor, token_mask: Tensor | None):
