@@ -30,7 +30,7 @@ from trl import TrlParser
 
 from lamoe import LamoeConfig, LamoeForCausalLM
 
-SUITES = ("cache", "attention", "decode")
+SUITES = ("cache", "attention", "decode", "tables")
 _NATIVE = {"deepseek_v2": DeepseekV2Config, "deepseek_v3": DeepseekV3Config}
 
 
@@ -47,13 +47,18 @@ class Arguments:
     cache: str = field(default="static", metadata={"help": "decode: static (compiled) or dynamic."})
     models: list[str] = field(default_factory=lambda: ["lamoe", "native"], metadata={"help": "decode: whom to run."})
     experts: str = field(default="default", metadata={"help": "decode: an experts implementation to force."})
-    rows: Path | None = field(default=None, metadata={"help": "JSONL file that the rows are added to."})
+    rows: Path | None = field(
+        default=None, metadata={"help": "JSONL file that the rows are added to; tables: that is printed as Markdown."}
+    )
 
 
 def main(arguments: Arguments):
     """Run one suite, print its table, append its rows."""
     if arguments.suite not in SUITES:
         raise ValueError(f"suite={arguments.suite!r} is not one of {', '.join(SUITES)}.")
+    if arguments.suite == "tables":
+        print(markdown_tables(arguments.rows or Path("model_cards/results/foundation.jsonl")))
+        return
     rows = {"cache": cache_bytes, "attention": attention_step, "decode": decode}[arguments.suite](arguments)
     table = Table(*rows[0], title=f"{arguments.suite}, {device_name()}")
     for row in rows:
@@ -237,6 +242,26 @@ def pair(preset: str, layers: int | None, device: str, dtype: torch.dtype, dense
     native.load_state_dict(ours.state_dict(), assign=True)
     native.model.rotary_emb = type(native.model.rotary_emb)(native_config).to(device)
     return ours, native
+
+
+def markdown_tables(file: Path) -> str:
+    """The tables of README.md, from measured rows: decoding, one step of attention, bytes of cache."""
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    steps = {(r["cache"], r["batch"], r["context"], r["model"]): r["step_ms"] for r in rows if r["suite"] == "decode"}
+    lines = ["| decode, ms a step | native | Lamoe | ratio |", "|---|---|---|---|"]
+    for cache, batch, context in sorted({key[:3] for key in steps}, key=lambda key: (key[0] != "static", key[1])):
+        native, ours = (steps[cache, batch, context, name] for name in ("native", "lamoe"))
+        shape = f"{cache} cache, batch {batch}, context {context // 1024}k"
+        lines.append(f"| {shape} | {native:.1f} | {ours:.1f} | {native / ours:.2f} |")
+    lines += ["", "| attention of one layer, one new token | native | Lamoe | ratio |", "|---|---|---|---|"]
+    for r in (r for r in rows if r["suite"] == "attention"):
+        shape = f"{r['preset']}, context {r['context'] // 1024}k, {r['device']}, {r['dtype']}"
+        cells = [f"{r[f'{name}_ms']:.1f} ms, {r[f'{name}_temporary_mib']:.0f} MiB" for name in ("native", "lamoe")]
+        lines.append(f"| {shape} | {cells[0]} | {cells[1]} | {r['speedup']:.2f} |")
+    lines += ["", "| cache, bytes a token in bfloat16 | keys and values | latents, as cached |", "|---|---|---|"]
+    for r in (r for r in rows if r["suite"] == "cache"):
+        lines.append(f"| {r['preset']} | {r['expanded_bytes']:,} | {r['latent_bytes']:,} |")
+    return "\n".join(lines)
 
 
 def paired(arguments: Arguments) -> list[tuple[int, int]]:
