@@ -38,8 +38,8 @@ class LamoeRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        normed = F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
-        return normed.to(hidden_states.dtype)
+        x = hidden_states.to(self.weight.dtype)  # they differ under autocast, and only like with like is one kernel
+        return F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon).to(hidden_states.dtype)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"

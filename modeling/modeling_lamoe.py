@@ -3,6 +3,8 @@
 Parameter names are DeepSeek-V3's. Attention is in attention.py, experts in moe.py.
 """
 
+import json
+from pathlib import Path
 from typing import Unpack
 
 import torch
@@ -19,7 +21,7 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
-from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -99,6 +101,21 @@ class LamoePreTrainedModel(PreTrainedModel):
         first, extra = config.num_hidden_layers, config.num_nextn_predict_layers
         beyond = "|".join(str(i) for i in range(first, first + max(extra, 1)))
         self._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.({beyond})\."]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Transformers' loader, for safetensors alone and for shards that lie in the checkpoint's own folder.
+
+        Raises:
+            ValueError: the index names a file outside the folder.
+        """
+        index = Path(str(pretrained_model_name_or_path)) / kwargs.get("subfolder", "") / SAFE_WEIGHTS_INDEX_NAME
+        if index.is_file():
+            for name in set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()):
+                if Path(name).name != name or name in ("", ".", ".."):
+                    raise ValueError(f"{index} names {name!r}, which is no file of that folder; refused.")
+        kwargs.setdefault("use_safetensors", True)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -197,6 +214,7 @@ class LamoeModel(LamoePreTrainedModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        self._warn_of_float16(inputs_embeds)
         T = inputs_embeds.shape[1]
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -231,6 +249,14 @@ class LamoeModel(LamoePreTrainedModel):
             )
         self._refuse_nonfinite()
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _warn_of_float16(self, x: Tensor):
+        if not self.training or torch.compiler.is_compiling():
+            return
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        if dtype == torch.float16:
+            logger.warning_once("Training in float16: routers overflow in it; bfloat16 has the range that they need.")
 
     def _refuse_nonfinite(self):
         """Raise if a router's logits were not finite: the tokens would all go to the same experts without an error."""

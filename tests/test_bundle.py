@@ -267,8 +267,11 @@ def test_what_is_wrong_with_a_checkpoint_is_named(saved):
         checkpoint_tensors(folder)
     edit_index(folder, lambda names: names.pop("model.extra"))
     edit_index(folder, lambda names: names.update({"model.norm.weight": "../model.safetensors"}))
-    with pytest.raises(ValueError, match=r"names '../model.safetensors', which is no file of that folder; refused"):
-        checkpoint_tensors(folder)
+    for load in (checkpoint_tensors, LamoeForCausalLM.from_pretrained):
+        with pytest.raises(
+            ValueError, match=r"names '../model.safetensors', which is no file of that folder; refused"
+        ):
+            load(folder)
 
 
 def test_a_missing_or_misshapen_expert_is_an_error_and_not_a_report(saved):
@@ -287,7 +290,12 @@ def test_a_missing_or_misshapen_expert_is_an_error_and_not_a_report(saved):
         load_complete(LamoeForCausalLM, folder)
 
 
-def test_pickled_weights_are_refused(tmp_path):
+def test_pickled_weights_are_refused(tmp_path, saved):
+    _, folder = saved
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(OSError, match=r"model.safetensors"):
+        LamoeForCausalLM.from_pretrained(folder)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(
         ValueError, match=r"holds pytorch_model.bin: only safetensors are read, since pickles run code"

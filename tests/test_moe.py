@@ -1,5 +1,7 @@
 """Router and experts against float64 loops; what they count, keep in float32 and refuse."""
 
+import logging
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -222,6 +224,23 @@ def test_a_router_that_meets_nan_says_in_which_layer(bad):
         model.eval()(ids)
     model.config.router_nonfinite = "ignore"
     model(ids)
+
+
+def test_training_in_float16_is_warned_of_once(caplog):
+    model = LamoeForCausalLM(make_config())
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                model.train()(random_ids(1, 4, vocab_size=64))
+        assert "float16" not in caplog.text
+        for _ in range(2):
+            with torch.autocast("cpu", torch.float16):
+                model.train()(random_ids(1, 4, vocab_size=64))
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert caplog.text.count("Training in float16: routers overflow in it; bfloat16 has the range") == 1
 
 
 def test_policy_zero_keeps_a_bad_token_out_of_the_experts():
