@@ -38,8 +38,9 @@ class LamoeRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        x = hidden_states.to(self.weight.dtype)  # they differ under autocast, and only like with like is one kernel
-        return F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon).to(hidden_states.dtype)
+        dtype = torch.promote_types(hidden_states.dtype, self.weight.dtype)  # they differ under autocast
+        x, weight = hidden_states.to(dtype), self.weight.to(dtype)
+        return F.rms_norm(x, weight.shape, weight, self.variance_epsilon).to(hidden_states.dtype)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"

@@ -263,14 +263,16 @@ class LamoeModel(LamoePreTrainedModel):
         if self.config.router_nonfinite != "raise" or torch.compiler.is_compiling():
             return
         self.forwards_in_training += self.training
-        sums = [layer.mlp.gate.checksum for layer in self.layers if isinstance(layer.mlp, LamoeMoE)]
-        if not sums or sums[0].device.type == "meta":
+        routers = [layer.mlp.gate for layer in self.layers if isinstance(layer.mlp, LamoeMoE)]
+        routers = [router for router in routers if router.checksum is not None]  # none in a layer that is compiled
+        if not routers or routers[0].checksum.device.type == "meta":
             return
-        if sums[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        device = routers[0].checksum.device
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return
-        finite = torch.isfinite(torch.stack([s.to(sums[0].device) for s in sums])).tolist()
+        finite = torch.isfinite(torch.stack([router.checksum.to(device) for router in routers])).tolist()
         if not all(finite):
-            layer = self.config.moe_layers[finite.index(False)]
+            layer = routers[finite.index(False)].layer_idx
             when = f"in training forward {self.forwards_in_training}" if self.training else "in evaluation"
             raise ValueError(
                 f"The router of layer {layer} got NaN or infinite values {when}. Train in bfloat16, not float16,"

@@ -243,6 +243,16 @@ def test_training_in_float16_is_warned_of_once(caplog):
     assert caplog.text.count("Training in float16: routers overflow in it; bfloat16 has the range") == 1
 
 
+def test_layers_that_are_compiled_one_by_one_train():
+    model = LamoeForCausalLM(make_config()).train()
+    ids = random_ids(1, 6, vocab_size=64)
+    expected = model(ids, labels=ids).loss
+    for layer in model.model.layers:
+        layer.mlp.compile(backend="eager")
+        getattr(layer.mlp, "gate", layer.mlp).checksum = None
+    torch.testing.assert_close(model(ids, labels=ids).loss, expected)
+
+
 def test_policy_zero_keeps_a_bad_token_out_of_the_experts():
     config = make_config(router_nonfinite="zero")
     block = LamoeForCausalLM(config).model.layers[1].mlp
