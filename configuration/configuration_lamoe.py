@@ -103,8 +103,8 @@ class LamoeConfig(PreTrainedConfig):
         aux_loss_alpha: weight of the balancing loss that training adds (`router_aux_loss_coef` is the same field);
             0 adds none. `seq_aux` chooses the loss per sequence (DeepSeek-V3 eq. 17-20) or over the whole batch.
         router_z_loss_coef: weight of the router z-loss (ST-MoE eq. 5).
-        router_nonfinite: what a router does with NaN or infinite logits: "raise" (names the layer and the step),
-            "zero" (such a token is sent to the first experts with weight zero) or "ignore".
+        router_nonfinite: what becomes of NaN or infinite values before a router: "raise" (names the layer and the
+            step; not in layers that are compiled), "zero" (such a token enters the experts as zeros) or "ignore".
         num_nextn_predict_layers: multi-token-prediction layers of the checkpoint.
         mla_form: "auto" expands keys and values for many new tokens and absorbs the up-projections into query and
             output for few; "expanded" and "absorbed" force one form. The results are equal to float rounding.
@@ -329,6 +329,11 @@ class LamoeConfig(PreTrainedConfig):
                 f"qk_rope_head_dim={self.qk_rope_head_dim} must be even and not negative: positions turn pairs; "
                 "use 64 as the published models do, or 0 for attention without positions."
             )
+        if self.num_key_value_heads != self.num_attention_heads:
+            raise ValueError(
+                f"num_key_value_heads={self.num_key_value_heads} is not num_attention_heads={self.num_attention_heads}"
+                "; all heads share one latent, so there is nothing to group: leave num_key_value_heads out."
+            )
         if self.qk_head_dim < 1:
             raise ValueError("qk_nope_head_dim and qk_rope_head_dim are both 0; a query needs some width.")
 
@@ -417,6 +422,7 @@ class LamoeConfig(PreTrainedConfig):
             (self.n_shared_experts < 1, "n_shared_experts=0: the native classes always have one"),
             (self.moe_layer_freq != 1, f"moe_layer_freq={self.moe_layer_freq}: the native classes know only 1"),
             (self.qk_rope_head_dim == 0, "qk_rope_head_dim=0: the native classes always rotate"),
+            (self.num_key_value_heads != self.num_attention_heads, "num_key_value_heads is not num_attention_heads"),
         ]
         if self.scoring_func == "sigmoid":
             native, own = "deepseek_v3", [
@@ -437,7 +443,10 @@ class LamoeConfig(PreTrainedConfig):
 
     def to_json_file(self, json_file_path, use_diff: bool = True):
         """Write config.json as other programs need it (see `serving_dict`)."""
-        text = json.dumps(self._encode_special_floats(self.serving_dict(use_diff)), indent=2, sort_keys=True) + "\n"
+        written = self.serving_dict(use_diff)
+        if "auto_map" in written and not (Path(json_file_path).parent / "modeling_lamoe.py").is_file():
+            written["auto_map"] = {"AutoConfig": "configuration_lamoe.LamoeConfig"}  # saved without its model
+        text = json.dumps(self._encode_special_floats(written), indent=2, sort_keys=True) + "\n"
         Path(json_file_path).write_text(text, encoding="utf-8")
 
     def serving_dict(self, use_diff: bool = True) -> dict[str, Any]:

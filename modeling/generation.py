@@ -54,7 +54,11 @@ class LamoeGenerationMixin:
 
         Flash attention is used only if it was chosen by name: over latents it would expand every context.
         """
-        settings = copy.copy(continuous_batching_config) or ContinuousBatchingConfig()
+        if continuous_batching_config is None:  # older callers put it into the generation configuration
+            generation = generation_config or self.generation_config
+            continuous_batching_config = getattr(generation, "continuous_batching_config", None)
+        known = isinstance(continuous_batching_config, ContinuousBatchingConfig)
+        settings = copy.copy(continuous_batching_config) if known else ContinuousBatchingConfig()
         settings.auto_switch_to_flash = False
         settings.max_blocks_per_request = 0  # block tables are read and written by flash kernels alone
         manager = super().init_continuous_batching(generation_config, settings, workload_hints)

@@ -21,7 +21,7 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, TransformersKwargs, can_return_tuple, logging
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -109,13 +109,27 @@ class LamoePreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: the index names a file outside the folder.
         """
-        index = Path(str(pretrained_model_name_or_path)) / kwargs.get("subfolder", "") / SAFE_WEIGHTS_INDEX_NAME
-        if index.is_file():
+        folder = Path(str(pretrained_model_name_or_path)) / (kwargs.get("subfolder") or "")
+        for index in folder.glob("*.safetensors.index*.json"):  # a variant has an index of its own
             for name in set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()):
                 if Path(name).name != name or name in ("", ".", ".."):
                     raise ValueError(f"{index} names {name!r}, which is no file of that folder; refused.")
         kwargs.setdefault("use_safetensors", True)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    def save_pretrained(self, *args, **kwargs):
+        """Transformers' saving of the dual-mode folder; its config.json promises no layers that are not in it."""
+        extra = self.config.num_nextn_predict_layers
+        if extra:
+            logger.warning_once(
+                f"The checkpoint's {extra} multi-token-prediction layers are no part of this model and are not saved; "
+                "`lamoe convert` keeps their tensors."
+            )
+        self.config.num_nextn_predict_layers = 0
+        try:
+            return super().save_pretrained(*args, **kwargs)
+        finally:
+            self.config.num_nextn_predict_layers = extra
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -136,7 +150,8 @@ class LamoePreTrainedModel(PreTrainedModel):
     @property
     def routers(self) -> list[LamoeTopkRouter]:
         """The routers of all layers that have experts, in order."""
-        return [module for module in self.modules() if isinstance(module, LamoeTopkRouter)]
+        found = [(name, module) for name, module in self.named_modules() if isinstance(module, LamoeTopkRouter)]
+        return [module for name, module in found if not name.endswith(".original_module")]  # which PEFT sets aside
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
@@ -216,6 +231,9 @@ class LamoeModel(LamoePreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         self._warn_of_float16(inputs_embeds)
         T = inputs_embeds.shape[1]
+        packed_ids = (
+            position_ids  # only positions that were given can tell of packing; the search for it waits for a GPU
+        )
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(T, device=inputs_embeds.device) + seen).unsqueeze(0)
@@ -225,7 +243,7 @@ class LamoeModel(LamoePreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
-            position_ids=position_ids,
+            position_ids=packed_ids,
         )
         if use_cache and past_key_values is None:  # not before: with any cache the mask ignores packing
             past_key_values = DynamicCache(config=self.config)
@@ -251,7 +269,7 @@ class LamoeModel(LamoePreTrainedModel):
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
     def _warn_of_float16(self, x: Tensor):
-        if not self.training or torch.compiler.is_compiling():
+        if not self.training or x.is_meta or torch.compiler.is_compiling():
             return
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
@@ -271,6 +289,8 @@ class LamoeModel(LamoePreTrainedModel):
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return
         finite = torch.isfinite(torch.stack([router.checksum.to(device) for router in routers])).tolist()
+        for router in routers:
+            router.checksum = None
         if not all(finite):
             layer = routers[finite.index(False)].layer_idx
             when = f"in training forward {self.forwards_in_training}" if self.training else "in evaluation"
@@ -400,7 +420,8 @@ class LamoeForTokenClassification(GenericForTokenClassification, LamoePreTrained
         LamoePreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = LamoeModel(config)
-        self.dropout = nn.Dropout(getattr(config, "classifier_dropout", None) or 0.1)
+        rates = (getattr(config, name, None) for name in ("classifier_dropout", "hidden_dropout"))
+        self.dropout = nn.Dropout(next((rate for rate in rates if rate is not None), 0.1))
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 

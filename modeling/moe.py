@@ -4,6 +4,8 @@ Letters: N tokens, D hidden, E routed experts, K experts a token, F expert width
 2412.19437) eq. 12-16, DeepSeek-V2 (arXiv 2405.04434) eq. 20-22 and section 2.2.2 for its groups.
 """
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -77,7 +79,7 @@ class LamoeTopkRouter(KeepsFloat32, nn.Module):
         """
         x_ND = hidden_states.flatten(0, -2)
         exact = torch.promote_types(x_ND.dtype, torch.float32)
-        with torch.autocast(x_ND.device.type, enabled=False):
+        with nullcontext() if x_ND.is_meta else torch.autocast(x_ND.device.type, enabled=False):
             logits = F.linear(x_ND.to(exact), self.weight.to(exact))
         if self.config.router_nonfinite == "zero":
             logits = torch.where(torch.isfinite(logits).all(dim=-1, keepdim=True), logits, 0.0)

@@ -194,7 +194,7 @@ def convert(source: Path, folder: Path, arguments: Arguments):
         console.print(f"No native class can express it ({reason}); the folder will say model_type lamoe.")
     extra = {} if arguments.mtp == "drop" else mtp_tensors(source, config)
     model = load_complete(LamoeForCausalLM, source, dtype=arguments.dtype)
-    model.config.num_nextn_predict_layers = config.num_nextn_predict_layers if extra else 0
+    model.config.num_nextn_predict_layers = 0  # until their tensors lie beside the others
     model.save_pretrained(folder, max_shard_size=arguments.max_shard_size)
     del model
 
@@ -217,6 +217,9 @@ def convert(source: Path, folder: Path, arguments: Arguments):
     console.print(table)
     if extra:
         append_shard(folder, extra)
+        saved = LamoeConfig.from_pretrained(folder)
+        saved.num_nextn_predict_layers = config.num_nextn_predict_layers
+        saved.to_json_file(folder / "config.json")
         layers = config.num_nextn_predict_layers
         console.print(f"{len(extra)} tensors of {layers} multi-token-prediction layers copied.")
 

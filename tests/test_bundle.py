@@ -1,6 +1,7 @@
 """The code bundle of a saved checkpoint, in fresh processes: without Lamoe, without Triton, without sockets."""
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -272,6 +273,28 @@ def test_what_is_wrong_with_a_checkpoint_is_named(saved):
             ValueError, match=r"names '../model.safetensors', which is no file of that folder; refused"
         ):
             load(folder)
+
+
+def test_the_index_of_a_variant_is_watched_too(saved):
+    model, folder = saved
+    model.save_pretrained(folder, variant="x", max_shard_size="20KB")
+    (index,) = folder.glob("*index.x.json")
+    index.write_text(index.read_text().replace('"model.x-', '"../model.x-'))
+    with pytest.raises(ValueError, match=r"which is no file of that folder; refused"):
+        LamoeForCausalLM.from_pretrained(folder, variant="x")
+
+
+def test_saving_promises_no_prediction_layers_that_it_does_not_write(tmp_path, caplog):
+    model = LamoeForCausalLM(make_config(num_nextn_predict_layers=1))
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        model.save_pretrained(tmp_path)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "1 multi-token-prediction layers are no part of this model and are not saved" in caplog.text
+    assert json.loads((tmp_path / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    assert model.config.num_nextn_predict_layers == 1
 
 
 def test_a_missing_or_misshapen_expert_is_an_error_and_not_a_report(saved):

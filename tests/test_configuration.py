@@ -78,6 +78,11 @@ REFUSED = {
         {"qk_rope_head_dim": 0, "qk_nope_head_dim": 0},
         "qk_nope_head_dim and qk_rope_head_dim are both 0; a query needs some width.",
     ),
+    "grouped heads": (
+        {"num_key_value_heads": 2},
+        "num_key_value_heads=2 is not num_attention_heads=4; all heads share one latent, so there is nothing to "
+        "group: leave num_key_value_heads out.",
+    ),
     "kv_lora_rank": ({"kv_lora_rank": 0}, "kv_lora_rank=0 must be at least 1."),
     "partial rotary": (
         {"partial_rotary_factor": 0.5},
@@ -291,6 +296,15 @@ def test_written_files_are_natively_readable_and_come_back(preset, tmp_path):
     assert {k: v for k, v in again.items() if k != "auto_map"} == {
         k: v for k, v in config.to_dict().items() if k not in ("auto_map", "architectures")
     } | {"architectures": written["architectures"]}
+
+
+def test_a_configuration_saved_without_its_model_leads_to_no_model_code(tmp_path):
+    config = LamoeConfig.from_preset("tiny", auto_map={"AutoModel": "modeling_lamoe.LamoeModel"})
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == {
+        "AutoConfig": "configuration_lamoe.LamoeConfig"
+    }
+    assert AutoConfig.from_pretrained(tmp_path, trust_remote_code=True).kv_lora_rank == config.kv_lora_rank
 
 
 NOT_NATIVE = {

@@ -1,21 +1,15 @@
 """Sharded training in bfloat16 on two gloo ranks: FSDP2 takes a model whose router is float32."""
 
-import os
-
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from lamoe import LamoeForCausalLM
+from tests.ranks import on_two_ranks
 from tests.test_moe import make_config
 from tests.tiny import random_ids
 
 
-def _rank(rank: int, port: int, folder: str):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
-    os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2", CUDA_VISIBLE_DEVICES="")
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def _rank(rank: int, folder: str):
     model = LamoeForCausalLM.from_pretrained(
         folder, dtype=torch.bfloat16, distributed_config=DistributedConfig(fsdp_size=2)
     ).train()
@@ -28,14 +22,13 @@ def _rank(rank: int, port: int, folder: str):
     if rank == 0:
         torch.save([loss.detach(), gate.dtype, used, model.routers[0].e_score_correction_bias.cpu()], f"{folder}/out")
     assert gate.grad.full_tensor().abs().max() > 0
-    dist.destroy_process_group()
 
 
 def test_fsdp2_trains_a_bfloat16_model_with_a_float32_router(tmp_path):
     torch.manual_seed(0)
     whole = LamoeForCausalLM(make_config())
     whole.save_pretrained(tmp_path)
-    mp.spawn(_rank, (29561, str(tmp_path)), nprocs=2)
+    on_two_ranks(_rank, tmp_path, str(tmp_path))
     loss, dtype, used, bias = torch.load(tmp_path / "out", weights_only=False)
     assert dtype == torch.float32
     ids = random_ids(4, 8, vocab_size=64)

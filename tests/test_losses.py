@@ -1,17 +1,16 @@
 """Balancing losses against the papers' formulas, their scale, the bias update, and the loss without logits."""
 
 import copy
-import os
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from transformers import Trainer, TrainingArguments
 
 from lamoe import BalanceCallback, LamoeForCausalLM
 from lamoe.balance import max_violation
 from lamoe.losses import balance_loss, next_token_loss, z_loss
+from tests.ranks import on_two_ranks
 from tests.test_moe import E, K, make_config
 from tests.tiny import random_ids
 
@@ -101,9 +100,7 @@ def test_gradient_does_not_depend_on_checkpointing():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
 
 
-def _rank(rank: int, port: int, folder: str):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def _rank(rank: int, file: str):
     model = torch.nn.parallel.DistributedDataParallel(training_model())
     items = ragged_batch()[2][:, 1:].ne(-100).sum()
     ids, mask, labels = (x[2 * rank : 2 * rank + 2] for x in ragged_batch())
@@ -112,15 +109,14 @@ def _rank(rank: int, port: int, folder: str):
     used = model.module.update_router_bias(0.01)
     biases = [router.e_score_correction_bias for router in model.module.routers]
     if rank == 0:
-        torch.save([{n: p.grad for n, p in model.module.named_parameters()}, used, biases], folder)
-    dist.destroy_process_group()
+        torch.save([{n: p.grad for n, p in model.module.named_parameters()}, used, biases], file)
 
 
 def test_gradient_counts_and_bias_of_two_ranks_equal_one(tmp_path):
     model = training_model()
     expected = gradients(model, 1)
     counts = model.update_router_bias(0.01)
-    mp.spawn(_rank, (29551, str(tmp_path / "out")), nprocs=2)
+    on_two_ranks(_rank, tmp_path, str(tmp_path / "out"))
     got, used, biases = torch.load(tmp_path / "out")
     for name, gradient in got.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")

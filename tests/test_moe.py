@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from lamoe import LamoeConfig, LamoeForCausalLM
+from lamoe import LamoeConfig, LamoeForCausalLM, LamoeForTokenClassification
 from lamoe.moe import LamoeExperts, LamoeMoE, LamoeTopkRouter, select_experts
 from tests.tiny import random_ids
 
@@ -251,6 +251,40 @@ def test_layers_that_are_compiled_one_by_one_train():
         layer.mlp.compile(backend="eager")
         getattr(layer.mlp, "gate", layer.mlp).checksum = None
     torch.testing.assert_close(model(ids, labels=ids).loss, expected)
+
+
+def test_a_layer_compiled_after_an_error_does_not_repeat_it():
+    model = LamoeForCausalLM(make_config())
+    ids = random_ids(1, 6, vocab_size=64)
+    weight = model.routers[0].weight
+    with torch.no_grad():
+        kept = weight[0, 0].clone()
+        weight[0, 0] = float("nan")
+        with pytest.raises(ValueError, match=r"The router of layer 1"):
+            model(ids)
+        weight[0, 0] = kept
+    for layer in model.model.layers:
+        layer.compile(backend="eager")
+    assert model(ids).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_shapes_can_be_had_on_meta(training):
+    model = LamoeForCausalLM(make_config(experts_implementation="batched_mm")).train(training).to("meta")
+    assert model(random_ids(2, 6, vocab_size=64).to("meta")).logits.shape == (2, 6, 64)
+
+
+def test_a_router_that_peft_copies_is_counted_once():
+    from peft import LoraConfig, get_peft_model
+
+    model = LamoeForCausalLM(make_config())
+    get_peft_model(model, LoraConfig(target_modules=["o_proj"], modules_to_save=["gate"]))
+    assert len(model.routers) == 2
+
+
+def test_dropout_of_token_classification_is_that_of_the_configuration():
+    for rates, expected in (({}, 0.1), ({"classifier_dropout": 0.0}, 0.0), ({"hidden_dropout": 0.3}, 0.3)):
+        assert LamoeForTokenClassification(make_config(**rates)).dropout.p == expected
 
 
 def test_policy_zero_keeps_a_bad_token_out_of_the_experts():
