@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from .modeling_lamoe import LamoeForCausalLM
+from .modeling_lamoe import LamoeForCausalLM, refuse_foreign_shards
 
 
 def checkpoint_tensors(folder: str | Path) -> dict[str, Path]:
@@ -22,6 +22,7 @@ def checkpoint_tensors(folder: str | Path) -> dict[str, Path]:
             damaged or without a tensor that the index promises; the message says which, expected and found.
     """
     folder = Path(folder)
+    refuse_foreign_shards(folder)
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if index.is_file():
         promised = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -38,8 +39,6 @@ def checkpoint_tensors(folder: str | Path) -> dict[str, Path]:
     names = [SAFE_WEIGHTS_NAME] if promised is None else sorted(set(promised.values()))
     found: dict[str, Path] = {}
     for name in names:
-        if Path(name).name != name or name in ("", ".", ".."):
-            raise ValueError(f"{index} names {name!r}, which is no file of that folder; refused.")
         try:
             with safe_open(folder / name, framework="pt") as file:
                 found |= dict.fromkeys(file.keys(), folder / name)

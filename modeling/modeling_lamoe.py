@@ -53,6 +53,14 @@ register_checkpoint_conversion_mapping(
 )
 
 
+def refuse_foreign_shards(folder: Path):
+    """Raise a ValueError if an index in `folder` names a file elsewhere; Transformers would follow it."""
+    for index in folder.glob("*.safetensors.index*.json"):  # a variant has an index of its own
+        for name in set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()):
+            if Path(name).name != name or name in ("", ".", ".."):
+                raise ValueError(f"{index} names {name!r}, which is no file of that folder; refused.")
+
+
 class LamoeDecoderLayer(GradientCheckpointingLayer):
     """Attention, then experts (or a dense feed-forward), each behind its norm and beside its residual."""
 
@@ -109,11 +117,7 @@ class LamoePreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: the index names a file outside the folder.
         """
-        folder = Path(str(pretrained_model_name_or_path)) / (kwargs.get("subfolder") or "")
-        for index in folder.glob("*.safetensors.index*.json"):  # a variant has an index of its own
-            for name in set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()):
-                if Path(name).name != name or name in ("", ".", ".."):
-                    raise ValueError(f"{index} names {name!r}, which is no file of that folder; refused.")
+        refuse_foreign_shards(Path(str(pretrained_model_name_or_path)) / (kwargs.get("subfolder") or ""))
         kwargs.setdefault("use_safetensors", True)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
