@@ -235,9 +235,7 @@ class LamoeModel(LamoePreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         self._warn_of_float16(inputs_embeds)
         T = inputs_embeds.shape[1]
-        packed_ids = (
-            position_ids  # only positions that were given can tell of packing; the search for it waits for a GPU
-        )
+        packed_ids = position_ids  # only positions that were given can tell of packing, and the search waits for a GPU
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(T, device=inputs_embeds.device) + seen).unsqueeze(0)

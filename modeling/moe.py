@@ -144,8 +144,9 @@ class LamoeExperts(nn.Module):
         by_expert, order = top_k_index.reshape(-1).clamp(max=self.num_experts).sort(stable=True)
         counts = torch.bincount(by_expert, minlength=self.num_experts + 1).tolist()
         pieces = []
-        weights = zip(self.gate_up_proj.unbind(0), self.down_proj.unbind(0), strict=True)  # one gradient for all
-        for rows, (gate_up, down) in zip(order.split(counts), weights, strict=False):
+        local = order.split(counts)[:-1]  # without the sentinels' rows
+        # unbound, so that the backward makes one gradient for all experts and not a whole one for each
+        for rows, gate_up, down in zip(local, self.gate_up_proj.unbind(0), self.down_proj.unbind(0), strict=False):
             if len(rows):
                 gate, up = F.linear(hidden_states[rows // K].to(gate_up.dtype), gate_up).chunk(2, dim=-1)
                 pieces.append(F.linear(self.act_fn(gate) * up, down))

@@ -5,18 +5,9 @@ import torch
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
 from lamoe import LamoeConfig, LamoeModel
-from tests.tiny import lamoe_model, random_ids
+from tests.tiny import KV_BYTES, lamoe_model, random_ids
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-3}  # float32 on logits of about 10
-# Bytes a token in bfloat16, as published or counted by hand: latent, and expanded where it is published.
-PUBLISHED = {
-    "v2-lite": (31_104, 276_480),
-    "moonlight": (31_104, 276_480),
-    "glm-4.7-flash": (54_144, 962_560),
-    "v2": (69_120, None),
-    "v3": (70_272, 4_997_120),
-    "kimi-k2": (70_272, 2_498_560),
-}
 
 
 @pytest.fixture(scope="module", params=["v2-lite", "v3", "glm-4.7-flash"])
@@ -45,10 +36,10 @@ def logits(model, ids, cache=None, **inputs):
     return model(ids, past_key_values=cache, use_cache=cache is not None, **inputs).logits
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", KV_BYTES)
 def test_published_bytes_a_token(name):
     config = LamoeConfig.from_preset(name)
-    latent, expanded = PUBLISHED[name]
+    latent, expanded = KV_BYTES[name]
     assert config.kv_bytes_per_token() == latent
     assert config.kv_bytes_per_token(4) == 2 * latent
     if expanded:
@@ -56,7 +47,7 @@ def test_published_bytes_a_token(name):
 
 
 def test_every_published_preset_is_counted():
-    assert set(LamoeConfig.presets()) == {*PUBLISHED, "tiny"}
+    assert set(LamoeConfig.presets()) == {*KV_BYTES, "tiny"}
 
 
 def cached_tensors(cache):

@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoConfig, DeepseekV2Config, DeepseekV3Config, Glm4MoeLiteConfig
 
 from lamoe import LamoeConfig
-from tests.tiny import FAMILIES, native_model
+from tests.tiny import FAMILIES, KV_BYTES, native_model
 
 SMALL = {
     "vocab_size": 64,
@@ -122,15 +122,7 @@ def test_aliases_set_the_field_before_it_is_checked():
 
 
 def test_kv_bytes_are_the_published_ones():
-    latent_and_expanded = {
-        "v2-lite": (31_104, 276_480),
-        "moonlight": (31_104, 276_480),
-        "glm-4.7-flash": (54_144, 962_560),
-        "v2": (69_120, None),
-        "v3": (70_272, 4_997_120),
-        "kimi-k2": (70_272, 2_498_560),
-    }
-    for preset, (latent, expanded) in latent_and_expanded.items():
+    for preset, (latent, expanded) in KV_BYTES.items():
         config = LamoeConfig.from_preset(preset)
         assert config.kv_bytes_per_token() == latent
         assert expanded in (None, config.kv_bytes_per_token(expanded=True))

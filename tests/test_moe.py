@@ -154,6 +154,9 @@ def test_sentinels_give_zero_to_output_and_gradients_even_with_nan_weights():
     for parameter in experts.parameters():
         nn.init.normal_(parameter)
     experts.num_experts = 4  # of 12: the local ones of expert parallelism
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter[4:] = float("nan")  # nothing may read past them
     x = torch.randn(6, D, requires_grad=True)
     index = torch.tensor([[0, 4, 2], [4, 5, 11], [3, 1, 0], [4, 4, 4], [2, 9, 4], [1, 4, 3]])
     weights = torch.rand(6, 3)

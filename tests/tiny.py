@@ -110,6 +110,16 @@ FAMILIES = {
     ),
 }
 
+# Bytes a token in bfloat16, as published or counted by hand: latent, and expanded where it is published.
+KV_BYTES = {
+    "v2-lite": (31_104, 276_480),
+    "moonlight": (31_104, 276_480),
+    "glm-4.7-flash": (54_144, 962_560),
+    "v2": (69_120, None),
+    "v3": (70_272, 4_997_120),
+    "kimi-k2": (70_272, 2_498_560),
+}
+
 
 def native_model(family: str, dtype=torch.float64, seed: int = 0, **changes):
     """A native model of this family with random weights, correction biases included, in evaluation mode."""
