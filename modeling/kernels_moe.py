@@ -1,0 +1,364 @@
+"""Fused experts: the operators, their gradients, and the functions that check and call them.
+
+Letters: N tokens, K experts a token, M = N * K routed rows, E experts, D hidden, F expert width. The eager form, which
+defines the result, is moe.LamoeExperts.forward. The backward keeps x, the pre-activation and the plan, nothing else:
+the gradient of a router weight is <dA, A> of its row, so that no down-projected row need be stored. Sums have a fixed
+order: two runs are equal bit for bit.
+"""
+
+import torch
+from torch import Tensor
+
+from .kernels_decode import swapped_experts, vector_experts
+from .kernels_gemm import (
+    PAD,
+    act_gradient,
+    gated_rows,
+    plain_rows,
+    weight_gradient,
+)
+from .kernels_plan import combine, expert_sums, make_plan, pack, plan_size, spread, unpack
+from .kernels_tiles import few_rows, invariant_tiles, tiles_for
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+
+_NAMESPACE = __name__.replace(".", "_")  # two revisions of a checkpoint may share a process
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::experts", mutates_args=())
+def _experts(
+    x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, gate_up: Tensor, down: Tensor, shared: Tensor | None,
+    act: str, train: bool, recompute: bool, batch_invariant: bool, accumulate: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """out [N, D]; what `train` needs: the pre-activation [M, 2F] unless `recompute`, and the packed plan; else [0]."""
+    N, K = top_k_index.shape
+    M, E = N * K, len(down)
+    gate_up, down = _aligned(gate_up), _aligned(down)
+    if not (train or batch_invariant):
+        few = few_rows(x)
+        nothing = x.new_empty(0), top_k_index.new_empty(0, dtype=torch.int32)
+        arguments = (x, top_k_index, top_k_weights, gate_up, down, act, shared)
+        if M <= few.vector_rows:
+            return vector_experts(*arguments, few.vector_up, few.vector_down), *nothing
+        if M <= few.swapped_rows * E:
+            return swapped_experts(*arguments, few.swapped_up, few.swapped_down), *nothing
+    tiles = invariant_tiles(x) if batch_invariant else tiles_for(x, M, E)
+    packed = make_plan(top_k_index, E, tiles.up.rows, kept=train)
+    plan = unpack(packed, M, E)
+    save = train and not recompute
+    a, h = gated_rows(x, gate_up, plan, K, act, save, tiles.up_saving if save else tiles.up)
+    y = plain_rows(a, down, plan, K, tiles.down, gather=False, transposed=False)
+    del a
+    out = combine(y, plan, top_k_weights, shared, N, K)
+    return out, h, packed if train else packed.new_empty(0)
+
+
+@_experts.register_fake
+def _(x, top_k_index, top_k_weights, gate_up, down, shared, act, train, recompute, batch_invariant, accumulate):
+    N, K = top_k_index.shape
+    h = x.new_empty((N * K, gate_up.shape[1]) if train and not recompute else (0,))
+    length = plan_size(N * K, down.shape[0]) if train else 0
+    return torch.empty_like(x), h, top_k_index.new_empty(length, dtype=torch.int32)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::experts_backward", mutates_args=("gate_up_into", "down_into"))
+def _experts_backward(
+    dy: Tensor, x: Tensor, top_k_weights: Tensor, gate_up: Tensor, down: Tensor, h: Tensor, packed: Tensor,
+    gate_up_into: Tensor | None, down_into: Tensor | None, act: str, batch_invariant: bool,
+    need_x: bool, need_gate_up: bool, need_down: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x [N, D], top_k_weights [N, K], gate_up and down; [0] for what is not needed or was accumulated."""
+    N, K = top_k_weights.shape
+    M, E = N * K, len(down)
+    gate_up, down = _aligned(gate_up), _aligned(down)
+    tiles = invariant_tiles(x) if batch_invariant else tiles_for(x, M, E)
+    plan = unpack(packed, M, E)
+    if not len(h):
+        h = gated_rows(x, gate_up, plan, K, act, True, tiles.up_saving)[1]
+    da = plain_rows(dy, down, plan, K, tiles.down, gather=True, transposed=True)
+    dh, a, dw = act_gradient(da, h, top_k_weights, plan, E, act, need_down)
+    del da, h
+    dx = d_gate_up = d_down = None
+    if need_down:
+        d_down = weight_gradient(pack(dy, plan, E, K, PAD), a, plan, E, down_into, tiles.dw)
+    del a
+    if need_x:
+        dx = combine(plain_rows(dh, gate_up, plan, K, tiles.dx, gather=False, transposed=True), plan, None, None, N, K)
+    if need_gate_up:
+        d_gate_up = weight_gradient(dh, pack(x, plan, E, K, PAD), plan, E, gate_up_into, tiles.dw)
+    nothing = x.new_empty(0)
+    return (
+        nothing if dx is None else dx,
+        dw,
+        nothing.clone() if d_gate_up is None or gate_up_into is not None else d_gate_up,
+        nothing.clone() if d_down is None or down_into is not None else d_down,
+    )
+
+
+@_experts_backward.register_fake
+def _(dy, x, top_k_weights, gate_up, down, h, packed, gate_up_into, down_into, act, batch_invariant, need_x, need_gate_up, need_down):  # fmt: skip
+    return (
+        torch.empty_like(x) if need_x else x.new_empty(0),
+        torch.empty_like(top_k_weights),
+        torch.empty_like(gate_up) if need_gate_up and gate_up_into is None else x.new_empty(0),
+        torch.empty_like(down) if need_down and down_into is None else x.new_empty(0),
+    )
+
+
+def _keep(ctx, inputs, output):
+    x, _, top_k_weights, gate_up, down, _, ctx.act, _, _, ctx.batch_invariant, ctx.accumulate = inputs
+    _, h, packed = output
+    ctx.save_for_backward(x, top_k_weights, gate_up, down, h, packed)
+    ctx.mark_non_differentiable(h, packed)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, dy, _dh, _dplan):
+    need_x, _, need_weights, need_gate_up, need_down, need_shared, *_ = ctx.needs_input_grad
+    if dy is None:
+        return (None,) * 11
+    x, top_k_weights, gate_up, down, h, packed = ctx.saved_tensors
+    into = [w.grad if ctx.accumulate and w.is_leaf else None for w in (gate_up, down)]
+    dx, dw, d_gate_up, d_down = _experts_backward(
+        dy.contiguous(), x, top_k_weights, gate_up, down, h, packed, *into, ctx.act, ctx.batch_invariant,
+        need_x, need_gate_up, need_down,
+    )  # fmt: skip
+    return (
+        dx if need_x else None,
+        None,
+        dw if need_weights else None,
+        d_gate_up if need_gate_up and into[0] is None else None,
+        d_down if need_down and into[1] is None else None,
+        dy if need_shared else None,
+        *(None,) * 5,
+    )
+
+
+_experts.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _aligned(weight: Tensor) -> Tensor:
+    """The copy engine wants tensors to begin at multiples of 16 bytes, which a view into a flat buffer may not do."""
+    return weight if weight.data_ptr() % 16 == 0 else weight.clone()
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::plan", mutates_args=())
+def _plan(top_k_index: Tensor, num_experts: int, x: Tensor) -> Tensor:
+    """The packed plan for products of rows like x."""
+    M = top_k_index.numel()
+    return make_plan(top_k_index, num_experts, tiles_for(x, M, num_experts).up.rows, kept=True)
+
+
+@_plan.register_fake
+def _(top_k_index, num_experts, x):
+    return top_k_index.new_empty(plan_size(top_k_index.numel(), num_experts), dtype=torch.int32)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::grouped_linear", mutates_args=())
+def _grouped_linear(
+    a: Tensor, packed: Tensor, weight: Tensor, bias: Tensor | None, K: int, gather: bool, transposed: bool
+) -> Tensor:
+    """The linear layer of each row's expert [M, Y]: of packed rows [M, X], or of tokens [N, X] if `gather`."""
+    M, E = len(a) * (K if gather else 1), len(weight)
+    y = a.new_zeros((M, weight.shape[2 if transposed else 1]))
+    return plain_rows(
+        a, _aligned(weight), unpack(packed, M, E), K, tiles_for(a, M, E).down,
+        gather=gather, transposed=transposed, bias=bias, out=y,
+    )  # fmt: skip
+
+
+@_grouped_linear.register_fake
+def _(a, packed, weight, bias, K, gather, transposed):
+    return a.new_empty((a.shape[0] * (K if gather else 1), weight.shape[2 if transposed else 1]))
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::grouped_linear_backward", mutates_args=())
+def _grouped_linear_backward(
+    dy: Tensor, a: Tensor, packed: Tensor, weight: Tensor, K: int, gather: bool, transposed: bool,
+    need_a: bool, need_weight: bool, need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of a, weight and bias; [0] for what is not needed."""
+    M, E = len(dy), len(weight)
+    plan, tiles = unpack(packed, M, E), tiles_for(a, M, E)
+    da, dw, db = (a.new_empty(0) for _ in range(3))
+    if need_a:
+        da = plain_rows(
+            dy, _aligned(weight), plan, K, tiles.down,
+            gather=False, transposed=not transposed, out=a.new_zeros((M, a.shape[1])),
+        )  # fmt: skip
+        if gather:
+            da = combine(da, plan, None, None, len(a), K)
+    if need_weight:
+        rows = pack(a, plan, E, K, PAD) if gather else a
+        dw = weight_gradient(*((rows, dy) if transposed else (dy, rows)), plan, E, None, tiles.dw)
+    if need_bias:
+        db = expert_sums(dy, plan, E)
+    return da, dw, db
+
+
+@_grouped_linear_backward.register_fake
+def _(dy, a, packed, weight, K, gather, transposed, need_a, need_weight, need_bias):
+    return (
+        torch.empty_like(a) if need_a else a.new_empty(0),
+        torch.empty_like(weight) if need_weight else a.new_empty(0),
+        dy.new_empty((weight.shape[0], dy.shape[1]) if need_bias else (0,)),
+    )
+
+
+def _keep_linear(ctx, inputs, output):
+    a, packed, weight, _, *ctx.how = inputs
+    ctx.save_for_backward(a, packed, weight)
+
+
+def _differentiate_linear(ctx, dy):
+    need_a, _, need_weight, need_bias, *_ = ctx.needs_input_grad
+    da, dw, db = _grouped_linear_backward(
+        dy.contiguous(), *ctx.saved_tensors, *ctx.how, need_a, need_weight, need_bias
+    )
+    grads = [grad if need else None for grad, need in ((da, need_a), (dw, need_weight), (db, need_bias))]
+    return grads[0], None, *grads[1:], None, None, None
+
+
+_grouped_linear.register_autograd(_differentiate_linear, setup_context=_keep_linear)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::weighted_sum", mutates_args=())
+def _weighted_sum(y: Tensor, packed: Tensor, top_k_weights: Tensor, num_experts: int) -> Tensor:
+    """The weighted sum [N, D] of each token's rows of y [M, D]."""
+    N, K = top_k_weights.shape
+    return combine(y, unpack(packed, len(y), num_experts), top_k_weights, None, N, K)
+
+
+@_weighted_sum.register_fake
+def _(y, packed, top_k_weights, num_experts):
+    return y.new_empty((top_k_weights.shape[0], y.shape[1]))
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::weighted_sum_backward", mutates_args=())
+def _weighted_sum_backward(
+    dout: Tensor, y: Tensor, packed: Tensor, top_k_weights: Tensor, num_experts: int
+) -> tuple[Tensor, Tensor]:
+    return spread(dout, y, unpack(packed, len(y), num_experts), top_k_weights)
+
+
+@_weighted_sum_backward.register_fake
+def _(dout, y, packed, top_k_weights, num_experts):
+    return torch.empty_like(y), torch.empty_like(top_k_weights)
+
+
+def _keep_sum(ctx, inputs, output):
+    *tensors, ctx.num_experts = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate_sum(ctx, dout):
+    dy, dw = _weighted_sum_backward(dout.contiguous(), *ctx.saved_tensors, ctx.num_experts)
+    return dy, None, dw, None
+
+
+_weighted_sum.register_autograd(_differentiate_sum, setup_context=_keep_sum)
+
+
+def why_not(x: Tensor, *weights: Tensor) -> str | None:
+    """Why the kernels cannot take `x` [N, D] with these expert weights; None if they can."""
+    if any(type(weight) not in (Tensor, torch.nn.Parameter) for weight in weights):
+        return f"the weights are {type(weights[0]).__name__}, not plain tensors"
+    if any(weight.dtype not in (torch.bfloat16, torch.float16, torch.float32) for weight in weights):
+        return f"the weights are {weights[0].dtype}; the kernels take bfloat16, float16 and float32"
+    if len({weight.dtype for weight in weights}) > 1:
+        return "the weights differ in dtype"
+    if not all(weight.is_contiguous() for weight in weights):
+        return "the weights are not contiguous"
+    for weight in weights:
+        for width in weight.shape[1:]:
+            if width * weight.element_size() % 16:
+                return f"a width of {width} is not a multiple of 16 bytes in {weight.dtype}"
+    return None
+
+
+def fused_experts(
+    hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor, *,
+    activation: str = "silu", shared: Tensor | None = None, recompute: bool = False, batch_invariant: bool = False,
+    accumulate: bool = False,
+) -> Tensor:  # fmt: skip
+    """Sum of each token's gated experts, weighted: out[n] = sum_k w[n, k] W_down (act(W_gate x) * W_up x) + shared[n].
+
+    Differentiable in hidden_states, top_k_weights, both projections and `shared`. Under autocast the products run in
+    autocast's dtype, else in the weights'; sums, activations and router weights in float32.
+
+    Args:
+        hidden_states: [N, D].
+        top_k_index: [N, K] integers; ids of E and above are sentinels of expert parallelism and add exactly zero.
+        top_k_weights: [N, K].
+        gate_up_proj: [E, 2F, D], gate first. down_proj: [E, D, F]. Contiguous; D and F multiples of 16 bytes.
+        activation: one of `ACTIVATIONS`, of the gate.
+        shared: [N, D], added in the last sum.
+        recompute: keep no pre-activation for the backward; it is computed again there (a quarter more arithmetic).
+        batch_invariant: a token gets the same bits alone as in any batch; slower for few tokens.
+        accumulate: the backward adds the weights' gradients to their `.grad` where there is one, without a copy of
+            their size; hooks on these parameters then see nothing.
+
+    Returns:
+        [N, D] in `hidden_states`' dtype.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown activation, or weights that the kernels cannot take.
+    """
+    E, wide, D = gate_up_proj.shape
+    F = wide // 2
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r} is not one of {', '.join(ACTIVATIONS)}.")
+    if hidden_states.ndim != 2 or hidden_states.shape[1] != D:
+        raise ValueError(f"hidden_states {tuple(hidden_states.shape)} is not [N, {D}], which gate_up_proj asks for.")
+    if top_k_index.ndim != 2 or top_k_index.shape != top_k_weights.shape or len(top_k_index) != len(hidden_states):
+        raise ValueError(
+            f"top_k_index {tuple(top_k_index.shape)} and top_k_weights {tuple(top_k_weights.shape)} are not both "
+            f"[{len(hidden_states)}, K]."
+        )
+    if wide % 2 or down_proj.shape != (E, D, F):
+        raise ValueError(f"down_proj {tuple(down_proj.shape)} is not [{E}, {D}, {F}], which gate_up_proj asks for.")
+    if shared is not None and shared.shape != hidden_states.shape:
+        raise ValueError(f"shared {tuple(shared.shape)} is not {tuple(hidden_states.shape)}, as hidden_states is.")
+    reason = why_not(hidden_states, gate_up_proj, down_proj)
+    if reason:
+        raise ValueError(f"The fused experts do not run here: {reason}; use experts_implementation='grouped_mm'.")
+    x, (gate_up, down) = in_one_dtype(hidden_states, gate_up_proj, down_proj)
+    needs_grad = [t.requires_grad for t in (x, top_k_weights, gate_up, down)] + [
+        shared is not None and shared.requires_grad
+    ]
+    out, _, _ = _experts(
+        x.contiguous(), top_k_index.contiguous(), top_k_weights.contiguous(), gate_up, down,
+        None if shared is None else shared.to(x.dtype).contiguous(), activation,
+        torch.is_grad_enabled() and any(needs_grad), recompute, batch_invariant, accumulate,
+    )  # fmt: skip
+    return out.to(hidden_states.dtype)
+
+
+def in_one_dtype(x: Tensor, *weights: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """`x` and the weights in autocast's dtype where that is on, else in the weights'."""
+    autocast = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else weights[0].dtype
+    return x.to(dtype), [weight.to(dtype) for weight in weights]
+
+
+class GroupedRows:
+    """Linear layers over routed rows, for experts that are not two gated projections; each step is differentiable.
+
+    `linear` of tokens or rows, any function of rows in between, then `sum` back to tokens. Sentinels' rows are zeros.
+    """
+
+    def __init__(self, hidden_states: Tensor, top_k_index: Tensor, num_experts: int):
+        """Sort `top_k_index` [N, K] for `hidden_states` [N, D], which are not kept."""
+        self.num_experts = num_experts
+        self.K = top_k_index.shape[1]
+        self.packed = _plan(top_k_index.contiguous(), num_experts, hidden_states)
+
+    def linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, tokens: bool = False, transposed: bool = False
+    ) -> Tensor:
+        """Rows [M, Y] of x: rows [M, X], or `tokens` [N, X]; weight [E, Y, X], or [E, X, Y] if `transposed`."""
+        return _grouped_linear(x.contiguous(), self.packed, weight, bias, self.K, tokens, transposed)
+
+    def sum(self, rows: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The tokens' sums [N, D] of rows [M, D], weighted by [N, K], in float32, in order."""
+        return _weighted_sum(rows.contiguous(), self.packed, top_k_weights.contiguous(), self.num_experts)

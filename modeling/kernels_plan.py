@@ -1,0 +1,271 @@
+"""Who goes where: a stable counting sort of routed rows by expert on the device, and the sum that undoes it.
+
+Letters: N tokens, K experts a token, M = N * K routed rows, E experts, D hidden. Ids of E and above are sentinels of
+expert parallelism: they get no row, and contribute exactly nothing. No host synchronisation, no atomics.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+try:  # inside `try`, or the Hub loader refuses the whole model where Triton is missing
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError(
+        "The fused experts need Triton: pip install triton, or experts_implementation='eager'."
+    ) from error
+
+SMALLEST_TILE = 16
+_IDS = 1024  # ids that one program reads at a time
+_EXPERTS = 8  # experts that one program places
+
+
+class Plan(NamedTuple):
+    """Views of one packed int32 buffer; all int32.
+
+    order: [M], the flat index n * K + k of each row, experts ascending, stable; positions: [M], its inverse, -1 for
+    sentinels; starts: [E + 1], first row of each expert; tile_expert, tile_row: the tiles of `tile_rows` rows, of which
+    tiles: [1] are used.
+    """
+
+    order: Tensor
+    positions: Tensor
+    starts: Tensor
+    tile_expert: Tensor
+    tile_row: Tensor
+    tiles: Tensor
+
+
+def plan_size(M: int, E: int) -> int:
+    """Length of the packed buffer of `M` rows and `E` experts."""
+    return 2 * _even(M) + _even(E + 2) + 2 * _even(_most_tiles(M, E))
+
+
+def unpack(packed: Tensor, M: int, E: int) -> Plan:
+    """The parts of a packed plan."""
+    starts, order, positions, expert, row = packed.split(
+        [_even(E + 2), _even(M), _even(M), _even(_most_tiles(M, E)), _even(_most_tiles(M, E))]
+    )
+    return Plan(order[:M], positions[:M], starts[: E + 1], expert, row, starts[E + 1 : E + 2])
+
+
+def _most_tiles(M: int, E: int) -> int:
+    return M // SMALLEST_TILE + min(M, E)
+
+
+def _even(length: int) -> int:
+    return (length + 3) // 4 * 4  # parts begin at multiples of 16 bytes
+
+
+@triton.jit
+def _count_kernel(ids_ptr, counts_ptr, M, E, SPLIT, IDS: tl.constexpr, EP: tl.constexpr):
+    """counts[s, e]: rows of expert e among ids [s * SPLIT, (s + 1) * SPLIT); E counts the sentinels."""
+    s = tl.program_id(0)
+    counts = tl.zeros((EP,), tl.int32)
+    for first in tl.range(s * SPLIT, tl.minimum((s + 1) * SPLIT, M), IDS):
+        i = first + tl.arange(0, IDS)
+        ids = tl.load(ids_ptr + i, mask=i < tl.minimum((s + 1) * SPLIT, M), other=E)
+        ids = tl.where((ids >= 0) & (ids < E), ids, E).to(tl.int32)
+        counts += tl.histogram(ids, EP)
+    # lanes outside the ids were counted as sentinels, which nobody reads
+    tl.store(counts_ptr + s * EP + tl.arange(0, EP), counts)
+
+
+@triton.jit
+def _place_kernel(
+    ids_ptr, counts_ptr, order_ptr, positions_ptr, starts_ptr, tile_expert_ptr, tile_row_ptr,
+    M, E, SPLIT, SPLITS: tl.constexpr, TILE: tl.constexpr, IDS: tl.constexpr, EP: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Place the rows of GROUP experts that lie in one split; the first split also writes starts and tiles.
+
+    SPLITS = 0: there is one split, whose ids are counted here, so that few rows need no launch before this one.
+    """
+    e0 = tl.program_id(0) * GROUP
+    s = tl.program_id(1)
+    experts = e0 + tl.arange(0, GROUP)
+    every = tl.arange(0, EP)
+    totals = tl.zeros((EP,), tl.int32)
+    before = tl.zeros((EP,), tl.int32)
+    if SPLITS == 0:
+        for first in tl.range(0, M, IDS):
+            i = first + tl.arange(0, IDS)
+            ids = tl.load(ids_ptr + i, mask=i < M, other=E)
+            totals += tl.histogram(tl.where((ids >= 0) & (ids < E), ids, E).to(tl.int32), EP)
+    for split in tl.range(SPLITS):
+        counts = tl.load(counts_ptr + split * EP + every)
+        totals += counts
+        before += tl.where(split < s, counts, 0)
+    totals = tl.where(every < E, totals, 0)
+    lower = every[None, :] < experts[:, None]
+    same = every[None, :] == experts[:, None]
+    start = tl.sum(tl.where(lower, totals[None, :], 0), axis=1)
+    total = tl.sum(tl.where(same, totals[None, :], 0), axis=1)
+    if s == 0:
+        each = (totals + TILE - 1) // TILE
+        tile = tl.sum(tl.where(lower, each[None, :], 0), axis=1)
+        tiles = tl.sum(tl.where(same, each[None, :], 0), axis=1)
+        tl.store(starts_ptr + experts, start, mask=experts < E)
+        if e0 == 0:
+            tl.store(starts_ptr + E, tl.sum(totals))
+            tl.store(starts_ptr + E + 1, tl.sum(each))
+        for j in tl.range(0, tl.max(tiles)):
+            tl.store(tile_expert_ptr + tile + j, experts, mask=j < tiles)
+            tl.store(tile_row_ptr + tile + j, start + j * TILE, mask=j < tiles)
+    next_row = start + tl.sum(tl.where(same, before[None, :], 0), axis=1)
+    for first in tl.range(s * SPLIT, tl.minimum((s + 1) * SPLIT, M), IDS):
+        i = first + tl.arange(0, IDS)
+        live = i < tl.minimum((s + 1) * SPLIT, M)
+        ids = tl.load(ids_ptr + i, mask=live, other=E)
+        mine = ((ids[:, None] == experts[None, :]) & (experts < E)[None, :]).to(tl.int32)
+        rank = tl.cumsum(mine, axis=0) - mine
+        row = tl.sum(tl.where(mine > 0, rank + next_row[None, :], 0), axis=1)
+        found = tl.sum(mine, axis=1) > 0
+        tl.store(order_ptr + row, i, mask=found)
+        tl.store(positions_ptr + i, row, mask=found)
+        if e0 == 0:
+            tl.store(positions_ptr + i, -1, mask=live & ((ids < 0) | (ids >= E)))
+        next_row += tl.sum(mine, axis=0)
+
+
+@triton.jit
+def _combine_kernel(
+    y_ptr, positions_ptr, weights_ptr, shared_ptr, out_ptr, D,
+    K: tl.constexpr, WEIGHTED: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out[n] = sum over k of weights[n, k] y[positions[n, k]] (+ shared[n]), float32, k ascending."""
+    n = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = d < D
+    total = tl.zeros((BLOCK,), tl.float32)
+    for k in tl.static_range(K):
+        row = tl.load(positions_ptr + n * K + k).to(tl.int64)
+        # a sentinel's row and weight are never read: NaN times zero is NaN
+        y = tl.load(y_ptr + row * D + d, mask=d < tl.where(row >= 0, D, 0), other=0.0).to(tl.float32)
+        if WEIGHTED:
+            y *= tl.load(weights_ptr + n * K + k, mask=row >= 0, other=0.0).to(tl.float32)
+        total += y
+    if SHARED:
+        total += tl.load(shared_ptr + n * D + d, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + n * D + d, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _pack_kernel(x_ptr, positions_ptr, starts_ptr, y_ptr, N, M, D, E, K: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """y[positions[n, k]] = x[n]: each token is read once. The PAD rows behind the last one become zeros."""
+    n = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    if n < N:
+        x = tl.load(x_ptr + n * D + d, mask=d < D, other=0.0)
+        for k in tl.static_range(K):
+            row = tl.load(positions_ptr + n * K + k).to(tl.int64)
+            tl.store(y_ptr + row * D + d, x, mask=d < tl.where(row >= 0, D, 0))
+    if n < PAD:
+        row = tl.load(starts_ptr + E) + n
+        zeros = tl.zeros((BLOCK,), y_ptr.dtype.element_ty)
+        tl.store(y_ptr + row * D + d, zeros, mask=d < tl.where(row < M, D, 0))
+
+
+@triton.jit
+def _spread_kernel(
+    dout_ptr, y_ptr, positions_ptr, weights_ptr, dy_ptr, dw_ptr, D, K: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dy[positions[n, k]] = weights[n, k] dout[n], dw[n, k] = <dout[n], y[positions[n, k]]>; sentinels: dw = 0."""
+    n = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1)
+    row = tl.load(positions_ptr + n * K + k).to(tl.int64)
+    total = tl.zeros((BLOCK,), tl.float32)
+    if row >= 0:
+        weight = tl.load(weights_ptr + n * K + k).to(tl.float32)
+        for first in tl.range(0, D, BLOCK):
+            d = first + tl.arange(0, BLOCK)
+            dout = tl.load(dout_ptr + n * D + d, mask=d < D, other=0.0).to(tl.float32)
+            total += dout * tl.load(y_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+            tl.store(dy_ptr + row * D + d, (dout * weight).to(dy_ptr.dtype.element_ty), mask=d < D)
+    tl.store(dw_ptr + n * K + k, tl.sum(total).to(dw_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _expert_sums_kernel(y_ptr, starts_ptr, out_ptr, D, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """out[e] = sum of the rows of expert e."""
+    e = tl.program_id(0)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    start = tl.load(starts_ptr + e)
+    end = tl.load(starts_ptr + e + 1)
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for first in tl.range(start, end, ROWS):
+        r = first + tl.arange(0, ROWS)
+        mask = (r < end)[:, None] & (d < D)[None, :]
+        total += tl.load(y_ptr + r.to(tl.int64)[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + e.to(tl.int64) * D + d, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), mask=d < D)
+
+
+def make_plan(top_k_index: Tensor, E: int, tile_rows: int, *, kept: bool) -> Tensor:
+    """The packed plan of `top_k_index` [N, K], int64 or int32 and contiguous, for tiles of `tile_rows` rows.
+
+    One that is `kept` has zeros in its unused places, so that two of them can be compared.
+    """
+    M = top_k_index.numel()
+    make = torch.zeros if kept else torch.empty
+    packed = make(plan_size(M, E), dtype=torch.int32, device=top_k_index.device)
+    plan = unpack(packed, M, E)
+    EP = triton.next_power_of_2(E + 1)
+    splits = triton.cdiv(M, 4 * _IDS) if M > 4 * _IDS else 0
+    splits = min(splits, 32)
+    split = triton.cdiv(triton.cdiv(M, max(splits, 1)), _IDS) * _IDS
+    counts = packed.new_empty((splits, EP))
+    if splits:
+        _count_kernel[(splits,)](top_k_index, counts, M, E, split, IDS=_IDS, EP=EP)
+    _place_kernel[(triton.cdiv(E, _EXPERTS), max(splits, 1))](
+        top_k_index, counts, plan.order, plan.positions, plan.starts, plan.tile_expert, plan.tile_row,
+        M, E, split, SPLITS=splits, TILE=tile_rows, IDS=_IDS, EP=EP, GROUP=_EXPERTS,
+    )  # fmt: skip
+    return packed
+
+
+def combine(y: Tensor, plan: Plan, top_k_weights: Tensor | None, shared: Tensor | None, N: int, K: int) -> Tensor:
+    """Sum of each token's rows of y [M, D], weighted if [N, K] weights are given, plus `shared` [N, D]: [N, D].
+
+    In float32, k ascending; the result has y's dtype. Sentinels add nothing.
+    """
+    D = y.shape[1]
+    out = y.new_empty((N, D))
+    if N:
+        block = min(triton.next_power_of_2(D), 1024)
+        _combine_kernel[(N, triton.cdiv(D, block))](
+            y, plan.positions, top_k_weights, shared, out, D,
+            K=K, WEIGHTED=top_k_weights is not None, SHARED=shared is not None, BLOCK=block, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def pack(x: Tensor, plan: Plan, E: int, K: int, pad: int) -> Tensor:
+    """The token of each row, [M, D]; the `pad` rows behind the last expert's are zeros."""
+    N, D = x.shape
+    M = plan.order.shape[0]
+    y = x.new_empty((M, D))
+    if M:
+        block = min(triton.next_power_of_2(D), 1024)
+        _pack_kernel[(max(N, pad), triton.cdiv(D, block))](
+            x, plan.positions, plan.starts, y, N, M, D, E, K=K, PAD=pad, BLOCK=block, num_warps=4
+        )
+    return y
+
+
+def spread(dout: Tensor, y: Tensor, plan: Plan, top_k_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of `combine` by y [M, D] (zeros where no expert has the row) and by the weights [N, K]."""
+    N, K = top_k_weights.shape
+    dy, dw = torch.zeros_like(y), torch.empty_like(top_k_weights)
+    if N:
+        block = min(triton.next_power_of_2(y.shape[1]), 1024)
+        _spread_kernel[(N, K)](dout, y, plan.positions, top_k_weights, dy, dw, y.shape[1], K=K, BLOCK=block)
+    return dy, dw
+
+
+def expert_sums(y: Tensor, plan: Plan, E: int) -> Tensor:
+    """Sum of each expert's rows of y [M, D], in order: [E, D]."""
+    D = y.shape[1]
+    out = y.new_empty((E, D))
+    _expert_sums_kernel[(E, triton.cdiv(D, 64))](y, plan.starts, out, D, ROWS=16, BLOCK=64)
+    return out
