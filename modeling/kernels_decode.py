@@ -1,8 +1,8 @@
 """Triton experts for few tokens, where the weights' bytes are all that counts: each is read once, as a stream.
 
-Letters: N tokens, K experts a token, M = N * K routed rows, E experts, D hidden, F expert width. A handful of rows goes
-through matrix-vector kernels that need no plan; more of them through tensor cores with the operands swapped, weights
-as the long side. Both take two launches (after the plan), in which the sum over a token's experts is fused.
+Letters: N tokens, K experts a token, M = N * K routed rows, E experts, D hidden, F expert width. A handful of rows
+goes through matrix-vector kernels that need no plan; more of them through tensor cores with the operands swapped,
+weights as the long side. Both take two launches (after the plan), with the sum over a token's experts fused.
 """
 
 from typing import NamedTuple

@@ -71,7 +71,9 @@ def activation_and_slope(g, ACT: tl.constexpr):
 
 
 @triton.jit
-def _store_rows(desc, ptr, value, row, end, plane, column, WIDTH: tl.constexpr, PLANES: tl.constexpr, RAGGED: tl.constexpr):  # fmt: skip
+def _store_rows(
+    desc, ptr, value, row, end, plane, column, WIDTH: tl.constexpr, PLANES: tl.constexpr, RAGGED: tl.constexpr
+):
     """Store a tile at rows [row, end) and columns [column, WIDTH) of one plane of y [M, PLANES, WIDTH]."""
     ROWS: tl.constexpr = value.shape[0]
     COLUMNS: tl.constexpr = value.shape[1]
@@ -85,7 +87,9 @@ def _store_rows(desc, ptr, value, row, end, plane, column, WIDTH: tl.constexpr, 
 
 
 @triton.jit
-def _load_rows(desc, ptr, row, end, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, RAGGED: tl.constexpr):  # fmt: skip
+def _load_rows(
+    desc, ptr, row, end, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, RAGGED: tl.constexpr
+):
     """A tile of y [M, WIDTH] at rows [row, end) and columns [column, WIDTH); zeros outside."""
     if RAGGED:
         return load_ragged(desc, row, tl.minimum(end - row, ROWS), [0, column])
@@ -98,7 +102,8 @@ def _load_rows(desc, ptr, row, end, column, ROWS: tl.constexpr, COLUMNS: tl.cons
 
 @triton.jit
 def _rows_kernel(
-    a_ptr, a_desc, w_desc, y_desc, y_ptr, h_ptr, bias_ptr, order_ptr, starts_ptr, tile_expert_ptr, tile_row_ptr, tiles_ptr,
+    a_ptr, a_desc, w_desc, y_desc, y_ptr, h_ptr, bias_ptr,
+    order_ptr, starts_ptr, tile_expert_ptr, tile_row_ptr, tiles_ptr,
     X: tl.constexpr, Y: tl.constexpr, K: tl.constexpr, GATHER: tl.constexpr, TRANSPOSED: tl.constexpr,
     GATED: tl.constexpr, ACT: tl.constexpr, SAVE: tl.constexpr, BIAS: tl.constexpr, RAGGED: tl.constexpr,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
@@ -309,8 +314,9 @@ def weight_gradient(a: Tensor, b: Tensor, plan: Plan, E: int, into: Tensor | Non
         a, TensorDescriptor.from_tensor(a, [tile.depth, tile.rows]) if tma else a,
         b, _ragged(b, tile.depth, tile.columns),
         TensorDescriptor.from_tensor(dw, [1, tile.rows, tile.columns]), plan.starts, H=H, W=W, E=E,
-        ACCUMULATE=into is not None, RAGGED=tma, PRECISION=dot_precision(a.dtype), ROWS=tile.rows, COLUMNS=tile.columns,
-        DEPTH=tile.depth, STAGES=tile.stages, PROGRAMS=programs, FLATTEN=tile.flatten, num_warps=tile.warps,
+        ACCUMULATE=into is not None, RAGGED=tma, PRECISION=dot_precision(a.dtype), ROWS=tile.rows,
+        COLUMNS=tile.columns, DEPTH=tile.depth, STAGES=tile.stages, PROGRAMS=programs, FLATTEN=tile.flatten,
+        num_warps=tile.warps,
     )  # fmt: skip
     return dw
 
@@ -327,9 +333,9 @@ def act_gradient(
     a = da.new_empty((M, F) if scaled else (0,))
     dw = torch.zeros_like(top_k_weights)
     if M:
-        block = min(triton.next_power_of_2(F), 2048)
+        block = min(triton.next_power_of_2(F), 512)
         _act_gradient_kernel[(M,)](
             da, h, top_k_weights, plan.order, plan.starts, dh, a, dw, E,
-            F=F, ACT=act, SCALED=scaled, PAD=PAD, BLOCK=block, num_warps=max(1, min(8, block // 256)),
+            F=F, ACT=act, SCALED=scaled, PAD=PAD, BLOCK=block, num_warps=2,
         )  # fmt: skip
     return dh, a, dw

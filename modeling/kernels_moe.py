@@ -6,10 +6,13 @@ the gradient of a router weight is <dA, A> of its row, so that no down-projected
 order: two runs are equal bit for bit.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from .kernels_decode import swapped_experts, vector_experts
+from .kernels_decode import VectorTile, swapped_experts, vector_experts
 from .kernels_gemm import (
     PAD,
     act_gradient,
@@ -25,7 +28,21 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 _NAMESPACE = __name__.replace(".", "_")  # two revisions of a checkpoint may share a process
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::experts", mutates_args=())
+def _operator(name: str, mutates_args: tuple[str, ...] = ()) -> Callable:
+    """Register an operator that launches on its first tensor's device, whichever is current."""
+
+    def register(function: Callable) -> torch.library.CustomOpDef:
+        @functools.wraps(function)
+        def run(first: Tensor, *rest):
+            with torch.cuda.device_of(first):
+                return function(first, *rest)
+
+        return torch.library.custom_op(f"{_NAMESPACE}::{name}", run, mutates_args=mutates_args)
+
+    return register
+
+
+@_operator("experts")
 def _experts(
     x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, gate_up: Tensor, down: Tensor, shared: Tensor | None,
     act: str, train: bool, recompute: bool, batch_invariant: bool, accumulate: bool,
@@ -35,13 +52,11 @@ def _experts(
     M, E = N * K, len(down)
     gate_up, down = _aligned(gate_up), _aligned(down)
     if not (train or batch_invariant):
-        few = few_rows(x)
-        nothing = x.new_empty(0), top_k_index.new_empty(0, dtype=torch.int32)
-        arguments = (x, top_k_index, top_k_weights, gate_up, down, act, shared)
-        if M <= few.vector_rows:
-            return vector_experts(*arguments, few.vector_up, few.vector_down), *nothing
-        if M <= few.swapped_rows * E:
-            return swapped_experts(*arguments, few.swapped_up, few.swapped_down), *nothing
+        few = few_rows(x, M, E, *down.shape[1:])
+        if few is not None:
+            way = vector_experts if isinstance(few[0], VectorTile) else swapped_experts
+            out = way(x, top_k_index, top_k_weights, gate_up, down, act, shared, *few)
+            return out, x.new_empty(0), top_k_index.new_empty(0, dtype=torch.int32)
     tiles = invariant_tiles(x) if batch_invariant else tiles_for(x, M, E)
     packed = make_plan(top_k_index, E, tiles.up.rows, kept=train)
     plan = unpack(packed, M, E)
@@ -49,7 +64,7 @@ def _experts(
     a, h = gated_rows(x, gate_up, plan, K, act, save, tiles.up_saving if save else tiles.up)
     y = plain_rows(a, down, plan, K, tiles.down, gather=False, transposed=False)
     del a
-    out = combine(y, plan, top_k_weights, shared, N, K)
+    out = combine(y, plan, top_k_weights, shared, K, torch.empty_like(x))
     return out, h, packed if train else packed.new_empty(0)
 
 
@@ -61,7 +76,7 @@ def _(x, top_k_index, top_k_weights, gate_up, down, shared, act, train, recomput
     return torch.empty_like(x), h, top_k_index.new_empty(length, dtype=torch.int32)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::experts_backward", mutates_args=("gate_up_into", "down_into"))
+@_operator("experts_backward", mutates_args=("gate_up_into", "down_into"))
 def _experts_backward(
     dy: Tensor, x: Tensor, top_k_weights: Tensor, gate_up: Tensor, down: Tensor, h: Tensor, packed: Tensor,
     gate_up_into: Tensor | None, down_into: Tensor | None, act: str, batch_invariant: bool,
@@ -69,34 +84,39 @@ def _experts_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x [N, D], top_k_weights [N, K], gate_up and down; [0] for what is not needed or was accumulated."""
     N, K = top_k_weights.shape
-    M, E = N * K, len(down)
+    M, E, D = N * K, len(down), x.shape[1]
     gate_up, down = _aligned(gate_up), _aligned(down)
     tiles = invariant_tiles(x) if batch_invariant else tiles_for(x, M, E)
     plan = unpack(packed, M, E)
     if not len(h):
         h = gated_rows(x, gate_up, plan, K, act, True, tiles.up_saving)[1]
+    dx = torch.empty_like(x) if need_x else x.new_empty(0)
+    d_gate_up = d_down = None
     da = plain_rows(dy, down, plan, K, tiles.down, gather=True, transposed=True)
     dh, a, dw = act_gradient(da, h, top_k_weights, plan, E, act, need_down)
     del da, h
-    dx = d_gate_up = d_down = None
+    rows = x.new_empty((M, D))  # every token of every row, for one weight gradient and then the other
     if need_down:
-        d_down = weight_gradient(pack(dy, plan, E, K, PAD), a, plan, E, down_into, tiles.dw)
+        d_down = weight_gradient(pack(dy, plan, E, K, PAD, rows), a, plan, E, down_into, tiles.dw)
     del a
-    if need_x:
-        dx = combine(plain_rows(dh, gate_up, plan, K, tiles.dx, gather=False, transposed=True), plan, None, None, N, K)
     if need_gate_up:
-        d_gate_up = weight_gradient(dh, pack(x, plan, E, K, PAD), plan, E, gate_up_into, tiles.dw)
-    nothing = x.new_empty(0)
+        d_gate_up = weight_gradient(dh, pack(x, plan, E, K, PAD, rows), plan, E, gate_up_into, tiles.dw)
+    if need_x:
+        dx_rows = plain_rows(dh, gate_up, plan, K, tiles.dx, gather=False, transposed=True, out=rows)
+        combine(dx_rows, plan, None, None, K, dx)
     return (
-        nothing if dx is None else dx,
+        dx,
         dw,
-        nothing.clone() if d_gate_up is None or gate_up_into is not None else d_gate_up,
-        nothing.clone() if d_down is None or down_into is not None else d_down,
+        x.new_empty(0) if d_gate_up is None or gate_up_into is not None else d_gate_up,
+        x.new_empty(0) if d_down is None or down_into is not None else d_down,
     )
 
 
 @_experts_backward.register_fake
-def _(dy, x, top_k_weights, gate_up, down, h, packed, gate_up_into, down_into, act, batch_invariant, need_x, need_gate_up, need_down):  # fmt: skip
+def _(
+    dy, x, top_k_weights, gate_up, down, h, packed, gate_up_into, down_into,
+    act, batch_invariant, need_x, need_gate_up, need_down,
+):  # fmt: skip
     return (
         torch.empty_like(x) if need_x else x.new_empty(0),
         torch.empty_like(top_k_weights),
@@ -142,7 +162,7 @@ def _aligned(weight: Tensor) -> Tensor:
     return weight if weight.data_ptr() % 16 == 0 else weight.clone()
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::plan", mutates_args=())
+@_operator("plan")
 def _plan(top_k_index: Tensor, num_experts: int, x: Tensor) -> Tensor:
     """The packed plan for products of rows like x."""
     M = top_k_index.numel()
@@ -154,7 +174,7 @@ def _(top_k_index, num_experts, x):
     return top_k_index.new_empty(plan_size(top_k_index.numel(), num_experts), dtype=torch.int32)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::grouped_linear", mutates_args=())
+@_operator("grouped_linear")
 def _grouped_linear(
     a: Tensor, packed: Tensor, weight: Tensor, bias: Tensor | None, K: int, gather: bool, transposed: bool
 ) -> Tensor:
@@ -172,7 +192,7 @@ def _(a, packed, weight, bias, K, gather, transposed):
     return a.new_empty((a.shape[0] * (K if gather else 1), weight.shape[2 if transposed else 1]))
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::grouped_linear_backward", mutates_args=())
+@_operator("grouped_linear_backward")
 def _grouped_linear_backward(
     dy: Tensor, a: Tensor, packed: Tensor, weight: Tensor, K: int, gather: bool, transposed: bool,
     need_a: bool, need_weight: bool, need_bias: bool,
@@ -187,9 +207,9 @@ def _grouped_linear_backward(
             gather=False, transposed=not transposed, out=a.new_zeros((M, a.shape[1])),
         )  # fmt: skip
         if gather:
-            da = combine(da, plan, None, None, len(a), K)
+            da = combine(da, plan, None, None, K, torch.empty_like(a))
     if need_weight:
-        rows = pack(a, plan, E, K, PAD) if gather else a
+        rows = pack(a, plan, E, K, PAD, a.new_empty((M, a.shape[1]))) if gather else a
         dw = weight_gradient(*((rows, dy) if transposed else (dy, rows)), plan, E, None, tiles.dw)
     if need_bias:
         db = expert_sums(dy, plan, E)
@@ -222,11 +242,12 @@ def _differentiate_linear(ctx, dy):
 _grouped_linear.register_autograd(_differentiate_linear, setup_context=_keep_linear)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::weighted_sum", mutates_args=())
+@_operator("weighted_sum")
 def _weighted_sum(y: Tensor, packed: Tensor, top_k_weights: Tensor, num_experts: int) -> Tensor:
     """The weighted sum [N, D] of each token's rows of y [M, D]."""
     N, K = top_k_weights.shape
-    return combine(y, unpack(packed, len(y), num_experts), top_k_weights, None, N, K)
+    plan = unpack(packed, len(y), num_experts)
+    return combine(y, plan, top_k_weights, None, K, y.new_empty((N, y.shape[1])))
 
 
 @_weighted_sum.register_fake
@@ -234,7 +255,7 @@ def _(y, packed, top_k_weights, num_experts):
     return y.new_empty((top_k_weights.shape[0], y.shape[1]))
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::weighted_sum_backward", mutates_args=())
+@_operator("weighted_sum_backward")
 def _weighted_sum_backward(
     dout: Tensor, y: Tensor, packed: Tensor, top_k_weights: Tensor, num_experts: int
 ) -> tuple[Tensor, Tensor]:
@@ -261,18 +282,19 @@ _weighted_sum.register_autograd(_differentiate_sum, setup_context=_keep_sum)
 
 def why_not(x: Tensor, *weights: Tensor) -> str | None:
     """Why the kernels cannot take `x` [N, D] with these expert weights; None if they can."""
-    if any(type(weight) not in (Tensor, torch.nn.Parameter) for weight in weights):
-        return f"the weights are {type(weights[0]).__name__}, not plain tensors"
-    if any(weight.dtype not in (torch.bfloat16, torch.float16, torch.float32) for weight in weights):
-        return f"the weights are {weights[0].dtype}; the kernels take bfloat16, float16 and float32"
-    if len({weight.dtype for weight in weights}) > 1:
-        return "the weights differ in dtype"
-    if not all(weight.is_contiguous() for weight in weights):
-        return "the weights are not contiguous"
     for weight in weights:
-        for width in weight.shape[1:]:
-            if width * weight.element_size() % 16:
-                return f"a width of {width} is not a multiple of 16 bytes in {weight.dtype}"
+        if type(weight) not in (Tensor, torch.nn.Parameter):
+            return f"a weight is a {type(weight).__name__}, not a plain tensor"
+        if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            return f"the weights are {weight.dtype}; the kernels take bfloat16, float16 and float32"
+        if weight.dtype != weights[0].dtype:
+            return "the weights differ in dtype"
+        if not weight.is_contiguous():
+            return "the weights are not contiguous"
+    dtype = _product_dtype(x, weights[0])
+    for width in (width for weight in weights for width in weight.shape[1:]):
+        if width * dtype.itemsize % 16:
+            return f"a width of {width} is not a multiple of 16 bytes in {dtype}"
     return None
 
 
@@ -336,9 +358,13 @@ def fused_experts(
 
 def in_one_dtype(x: Tensor, *weights: Tensor) -> tuple[Tensor, list[Tensor]]:
     """`x` and the weights in autocast's dtype where that is on, else in the weights'."""
-    autocast = torch.is_autocast_enabled(x.device.type)
-    dtype = torch.get_autocast_dtype(x.device.type) if autocast else weights[0].dtype
+    dtype = _product_dtype(x, weights[0])
     return x.to(dtype), [weight.to(dtype) for weight in weights]
+
+
+def _product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
 class GroupedRows:

@@ -18,16 +18,16 @@ except ImportError as error:
     ) from error
 
 SMALLEST_TILE = 16
-_IDS = 1024  # ids that one program reads at a time
-_EXPERTS = 8  # experts that one program places
+_IDS = 128  # ids that a program places at a time
+_FEW_IDS = 512  # that many are placed in one launch
 
 
 class Plan(NamedTuple):
     """Views of one packed int32 buffer; all int32.
 
     order: [M], the flat index n * K + k of each row, experts ascending, stable; positions: [M], its inverse, -1 for
-    sentinels; starts: [E + 1], first row of each expert; tile_expert, tile_row: the tiles of `tile_rows` rows, of which
-    tiles: [1] are used.
+    sentinels; starts: [E + 1], first row of each expert; tile_expert, tile_row: the tiles of `tile_rows` rows, of
+    which tiles: [1] are used.
     """
 
     order: Tensor
@@ -76,7 +76,8 @@ def _count_kernel(ids_ptr, counts_ptr, M, E, SPLIT, IDS: tl.constexpr, EP: tl.co
 @triton.jit
 def _place_kernel(
     ids_ptr, counts_ptr, order_ptr, positions_ptr, starts_ptr, tile_expert_ptr, tile_row_ptr,
-    M, E, SPLIT, SPLITS: tl.constexpr, TILE: tl.constexpr, IDS: tl.constexpr, EP: tl.constexpr, GROUP: tl.constexpr,
+    M, E, SPLIT, SPLITS: tl.constexpr, AT_ONCE: tl.constexpr, TILE: tl.constexpr, IDS: tl.constexpr, EP: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
     """Place the rows of GROUP experts that lie in one split; the first split also writes starts and tiles.
 
@@ -93,15 +94,16 @@ def _place_kernel(
             i = first + tl.arange(0, IDS)
             ids = tl.load(ids_ptr + i, mask=i < M, other=E)
             totals += tl.histogram(tl.where((ids >= 0) & (ids < E), ids, E).to(tl.int32), EP)
-    for split in tl.range(SPLITS):
-        counts = tl.load(counts_ptr + split * EP + every)
-        totals += counts
-        before += tl.where(split < s, counts, 0)
+    for first in tl.range(0, SPLITS, AT_ONCE):
+        split = first + tl.arange(0, AT_ONCE)
+        at = counts_ptr + split[:, None] * EP + every[None, :]
+        counts = tl.load(at, mask=(split < SPLITS)[:, None], other=0)
+        totals += tl.sum(counts, axis=0)
+        before += tl.sum(tl.where((split < s)[:, None], counts, 0), axis=0)
     totals = tl.where(every < E, totals, 0)
     lower = every[None, :] < experts[:, None]
     same = every[None, :] == experts[:, None]
     start = tl.sum(tl.where(lower, totals[None, :], 0), axis=1)
-    total = tl.sum(tl.where(same, totals[None, :], 0), axis=1)
     if s == 0:
         each = (totals + TILE - 1) // TILE
         tile = tl.sum(tl.where(lower, each[None, :], 0), axis=1)
@@ -113,13 +115,16 @@ def _place_kernel(
         for j in tl.range(0, tl.max(tiles)):
             tl.store(tile_expert_ptr + tile + j, experts, mask=j < tiles)
             tl.store(tile_row_ptr + tile + j, start + j * TILE, mask=j < tiles)
+    one = tl.arange(0, IDS)
+    precede = (one[None, :] < one[:, None]).to(tl.float16)
     next_row = start + tl.sum(tl.where(same, before[None, :], 0), axis=1)
     for first in tl.range(s * SPLIT, tl.minimum((s + 1) * SPLIT, M), IDS):
         i = first + tl.arange(0, IDS)
         live = i < tl.minimum((s + 1) * SPLIT, M)
         ids = tl.load(ids_ptr + i, mask=live, other=E)
         mine = ((ids[:, None] == experts[None, :]) & (experts < E)[None, :]).to(tl.int32)
-        rank = tl.cumsum(mine, axis=0) - mine
+        # how many of these ids precede each: a product with a triangle of ones, exact in float16 (at most IDS ones)
+        rank = tl.dot(precede, mine.to(tl.float16)).to(tl.int32)
         row = tl.sum(tl.where(mine > 0, rank + next_row[None, :], 0), axis=1)
         found = tl.sum(mine, axis=1) > 0
         tl.store(order_ptr + row, i, mask=found)
@@ -152,7 +157,9 @@ def _combine_kernel(
 
 
 @triton.jit
-def _pack_kernel(x_ptr, positions_ptr, starts_ptr, y_ptr, N, M, D, E, K: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _pack_kernel(
+    x_ptr, positions_ptr, starts_ptr, y_ptr, N, M, D, E, K: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr
+):
     """y[positions[n, k]] = x[n]: each token is read once. The PAD rows behind the last one become zeros."""
     n = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -211,26 +218,25 @@ def make_plan(top_k_index: Tensor, E: int, tile_rows: int, *, kept: bool) -> Ten
     packed = make(plan_size(M, E), dtype=torch.int32, device=top_k_index.device)
     plan = unpack(packed, M, E)
     EP = triton.next_power_of_2(E + 1)
-    splits = triton.cdiv(M, 4 * _IDS) if M > 4 * _IDS else 0
-    splits = min(splits, 32)
+    splits = 0 if M <= _FEW_IDS else min(256, triton.cdiv(M, 2 * _IDS))
     split = triton.cdiv(triton.cdiv(M, max(splits, 1)), _IDS) * _IDS
+    group = 16 if splits < 32 else max(16, min(64, EP))
     counts = packed.new_empty((splits, EP))
     if splits:
         _count_kernel[(splits,)](top_k_index, counts, M, E, split, IDS=_IDS, EP=EP)
-    _place_kernel[(triton.cdiv(E, _EXPERTS), max(splits, 1))](
+    _place_kernel[(triton.cdiv(E, group), max(splits, 1))](
         top_k_index, counts, plan.order, plan.positions, plan.starts, plan.tile_expert, plan.tile_row,
-        M, E, split, SPLITS=splits, TILE=tile_rows, IDS=_IDS, EP=EP, GROUP=_EXPERTS,
+        M, E, split, SPLITS=splits, AT_ONCE=max(1, 8192 // EP), TILE=tile_rows, IDS=_IDS, EP=EP, GROUP=group,
     )  # fmt: skip
     return packed
 
 
-def combine(y: Tensor, plan: Plan, top_k_weights: Tensor | None, shared: Tensor | None, N: int, K: int) -> Tensor:
-    """Sum of each token's rows of y [M, D], weighted if [N, K] weights are given, plus `shared` [N, D]: [N, D].
+def combine(y: Tensor, plan: Plan, top_k_weights: Tensor | None, shared: Tensor | None, K: int, out: Tensor) -> Tensor:
+    """Sum of each token's rows of y [M, D], weighted if [N, K] weights are given, plus `shared` [N, D]: `out` [N, D].
 
-    In float32, k ascending; the result has y's dtype. Sentinels add nothing.
+    In float32, k ascending. Sentinels add nothing.
     """
-    D = y.shape[1]
-    out = y.new_empty((N, D))
+    N, D = out.shape
     if N:
         block = min(triton.next_power_of_2(D), 1024)
         _combine_kernel[(N, triton.cdiv(D, block))](
@@ -240,17 +246,16 @@ def combine(y: Tensor, plan: Plan, top_k_weights: Tensor | None, shared: Tensor 
     return out
 
 
-def pack(x: Tensor, plan: Plan, E: int, K: int, pad: int) -> Tensor:
-    """The token of each row, [M, D]; the `pad` rows behind the last expert's are zeros."""
+def pack(x: Tensor, plan: Plan, E: int, K: int, pad: int, out: Tensor) -> Tensor:
+    """The token of each row: `out` [M, D]; the `pad` rows behind the last expert's are zeros."""
     N, D = x.shape
-    M = plan.order.shape[0]
-    y = x.new_empty((M, D))
+    M = len(out)
     if M:
         block = min(triton.next_power_of_2(D), 1024)
         _pack_kernel[(max(N, pad), triton.cdiv(D, block))](
-            x, plan.positions, plan.starts, y, N, M, D, E, K=K, PAD=pad, BLOCK=block, num_warps=4
+            x, plan.positions, plan.starts, out, N, M, D, E, K=K, PAD=pad, BLOCK=block, num_warps=4
         )
-    return y
+    return out
 
 
 def spread(dout: Tensor, y: Tensor, plan: Plan, top_k_weights: Tensor) -> tuple[Tensor, Tensor]:

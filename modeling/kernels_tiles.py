@@ -1,7 +1,7 @@
 """How the kernels of the experts are cut, by device and by rows an expert.
 
-`TABLE` is made by `lamoe benchmark --suite tune`, which times the candidates on the device at hand and prints the
-best. What it does not know takes the nearest older device, and float32 the small tiles that its registers allow.
+The figures behind `TABLE` come from `lamoe benchmark --suite tune`, which times the candidates on the device at hand.
+A device that is not in it takes the row of the nearest older one; float32 takes the small tiles its registers allow.
 """
 
 from typing import NamedTuple
@@ -23,80 +23,113 @@ class Tiles(NamedTuple):
     dw: Tile
 
 
+class Swapped(NamedTuple):
+    """Swapped operands, for at most `rows` rows an expert of at least `size` elements a projection."""
+
+    rows: int
+    size: int
+    up: SwappedTile
+    down: SwappedTile
+
+
 class Few(NamedTuple):
-    """When few rows take another way (`vector_rows` in all, `swapped_rows` an expert), and its tiles."""
+    """The ways of few rows: matrix-vector products while hardly two rows share an expert, then swapped operands."""
 
-    vector_rows: int
     vector_up: VectorTile
+    vector_up_wide: VectorTile  # from a hidden width of 4096 on
     vector_down: VectorTile
-    swapped_rows: int
-    swapped_up: SwappedTile
-    swapped_down: SwappedTile
+    swapped: tuple[Swapped, ...]
 
 
-_HOPPER_WIDE = Tiles(
-    up=Tile(128, 256, 64, 8, 3),
-    up_saving=Tile(128, 256, 64, 8, 3),
-    down=Tile(128, 256, 64, 8, 3, flatten=True),
-    dx=Tile(128, 256, 64, 8, 3, flatten=True),
-    dw=Tile(128, 256, 64, 8, 3),
-)
-_HOPPER_NARROW = Tiles(
-    up=Tile(64, 128, 64, 4, 4, blocks=2),
-    up_saving=Tile(64, 128, 64, 4, 4, blocks=2),
-    down=Tile(64, 128, 64, 4, 4, blocks=2),
-    dx=Tile(64, 128, 64, 4, 4, blocks=2),
-    dw=Tile(128, 128, 64, 4, 3, blocks=2),
-)
-_HOPPER_FEW = Few(
-    vector_rows=16,
-    vector_up=VectorTile(8, 512, 4),
-    vector_down=VectorTile(8, 512, 4),
-    swapped_rows=32,
-    swapped_up=SwappedTile(64, 16, 128, 4, 4),
-    swapped_down=SwappedTile(64, 16, 128, 4, 4),
-)
-_AMPERE = Tiles(*(Tile(128, 128, 32, 8, 3, blocks=2) for _ in range(5)))
-_AMPERE_FEW = _HOPPER_FEW._replace(
-    swapped_up=SwappedTile(64, 16, 64, 4, 4), swapped_down=SwappedTile(64, 16, 64, 4, 4)
-)
-_CDNA = Tiles(*(Tile(128, 128, 32, 8, 2, blocks=2) for _ in range(5)))
-_CDNA_FEW = _HOPPER_FEW._replace(swapped_up=SwappedTile(64, 16, 64, 4, 2), swapped_down=SwappedTile(64, 16, 64, 4, 2))
-_FLOAT32 = Tiles(*(Tile(64, 64, 32, 8, 2, blocks=2) for _ in range(5)))
-_FLOAT32_FEW = _HOPPER_FEW._replace(
-    swapped_up=SwappedTile(64, 16, 32, 4, 2), swapped_down=SwappedTile(64, 16, 32, 4, 2)
-)
-_INTERPRETER = Tiles(*(Tile(16, 32, 16, 4, 2) for _ in range(5)))
-_INTERPRETER_FEW = Few(8, VectorTile(8, 16, 1), VectorTile(8, 16, 1), 4, SwappedTile(16, 16, 16, 1, 2), SwappedTile(32, 16, 16, 1, 2))  # fmt: skip
+class Device(NamedTuple):
+    """`tiles`: (rows an expert from which on, tiles), most rows first."""
 
-# oldest compute capability that a row is for: (rows an expert from which on, tiles), most rows first; few rows
-TABLE = {
-    90: (((96, _HOPPER_WIDE), (0, _HOPPER_NARROW)), _HOPPER_FEW),
-    0: (((0, _AMPERE),), _AMPERE_FEW),
-}
+    tiles: tuple[tuple[int, Tiles], ...]
+    few: Few
+
+
+_VECTOR = Few(VectorTile(2, 1024, 4), VectorTile(8, 512, 4), VectorTile(2, 512, 2), ())
+_HOPPER = Device(
+    (
+        (
+            96,
+            Tiles(
+                up=Tile(128, 256, 64, 8, 3),
+                up_saving=Tile(128, 256, 64, 8, 3),
+                down=Tile(128, 256, 64, 8, 3, flatten=True),
+                dx=Tile(128, 256, 64, 8, 3, flatten=True),
+                dw=Tile(128, 256, 64, 8, 3),
+            ),
+        ),
+        (
+            0,
+            Tiles(
+                up=Tile(64, 256, 64, 4, 4, group=32),
+                up_saving=Tile(64, 128, 64, 4, 4, blocks=2),
+                down=Tile(64, 256, 64, 4, 4, group=32),
+                dx=Tile(64, 256, 64, 4, 4, group=32),
+                dw=Tile(128, 128, 64, 4, 3),
+            ),
+        ),
+    ),
+    _VECTOR._replace(
+        swapped=(
+            Swapped(8, 0, SwappedTile(64, 16, 128, 4, 3), SwappedTile(128, 16, 128, 4, 3)),
+            Swapped(20, 2**25, SwappedTile(64, 32, 128, 4, 4), SwappedTile(128, 32, 128, 4, 3)),
+        )
+    ),
+)
+
+
+def _plain(tile: Tile, swapped: SwappedTile) -> Device:
+    few = _VECTOR._replace(swapped=(Swapped(8, 0, swapped, swapped),))
+    return Device(((0, Tiles(tile, tile, tile, tile, tile)),), few)
+
+
+# by the oldest compute capability that a row is for; measured on 90 only
+TABLE = {90: _HOPPER, 0: _plain(Tile(128, 128, 32, 8, 3, blocks=2), SwappedTile(64, 16, 64, 4, 4))}
+CDNA = _plain(Tile(128, 128, 32, 8, 2, blocks=2), SwappedTile(64, 16, 64, 4, 2))
+FLOAT32 = _plain(Tile(64, 64, 32, 8, 2, blocks=2), SwappedTile(64, 16, 32, 4, 2))
+INTERPRETER = Device(
+    _plain(Tile(16, 32, 16, 4, 2), SwappedTile(16, 16, 16, 1, 2)).tiles,
+    Few(
+        VectorTile(8, 16, 1),
+        VectorTile(8, 16, 1),
+        VectorTile(8, 16, 1),
+        (Swapped(4, 0, SwappedTile(16, 16, 16, 1, 2), SwappedTile(32, 16, 16, 1, 2)),),
+    ),
+)
 
 
 def tiles_for(x: Tensor, M: int, E: int) -> Tiles:
     """The tiles of `M` rows over `E` experts, of x's device and dtype."""
-    return next(tiles for rows, tiles in _device_rows(x)[0] if rows == 0 or M >= rows * E)
-
-
-def few_rows(x: Tensor) -> Few:
-    """When x's device and dtype take the ways for few rows, and how."""
-    return _device_rows(x)[1]
+    return next(tiles for rows, tiles in _device(x).tiles if rows * E <= M)
 
 
 def invariant_tiles(x: Tensor) -> Tiles:
     """Tiles that do not depend on the number of rows."""
-    return _device_rows(x)[0][-1][1]
+    return _device(x).tiles[-1][1]
 
 
-def _device_rows(x: Tensor):
+def few_rows(
+    x: Tensor, M: int, E: int, D: int, F: int
+) -> tuple[VectorTile, VectorTile] | tuple[SwappedTile, SwappedTile] | None:
+    """The tiles of both projections if `M` rows are few for `E` experts of D x F; None if they are not."""
+    few = _device(x).few
+    if 4 * M <= E:
+        return few.vector_up_wide if D >= 4096 else few.vector_up, few.vector_down
+    for way in few.swapped:
+        if way.rows * E >= M and way.size <= D * F:
+            return way.up, way.down
+    return None
+
+
+def _device(x: Tensor) -> Device:
     if not x.is_cuda:
-        return ((0, _INTERPRETER),), _INTERPRETER_FEW
+        return INTERPRETER
     if x.dtype == torch.float32:
-        return ((0, _FLOAT32),), _FLOAT32_FEW
+        return FLOAT32
     if torch.version.hip is not None:
-        return ((0, _CDNA),), _CDNA_FEW
+        return CDNA
     major, minor = torch.cuda.get_device_capability(x.device)
     return TABLE[max(key for key in TABLE if key <= 10 * major + minor)]
