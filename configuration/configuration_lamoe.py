@@ -87,6 +87,11 @@ _TRANSFORMERS_KEYS = {
     "transformers_weights", "use_bfloat16", "add_cross_attention", "cross_attention_hidden_size",
     "decoder_start_token_id", "sep_token_id", "tf_legacy_loss",
 }  # fmt: skip
+# Fields of ours alone that change no result but for rounding or errors.
+_OWN_CHOICES = (
+    "router_nonfinite", "router_implementation", "mla_form", "mla_absorb_max_tokens", "mla_implementation",
+    "skip_logits",
+)  # fmt: skip
 # Keys of published config.json files that say nothing this model needs: read, and not kept.
 _SUPERSEDED_KEYS = ("head_dim", "qk_head_dim", "mlp_bias", "_post_init_done")
 
@@ -105,6 +110,8 @@ class LamoeConfig(PreTrainedConfig):
         router_z_loss_coef: weight of the router z-loss (ST-MoE eq. 5).
         router_nonfinite: what becomes of NaN or infinite values before a router: "raise" (names the layer and the
             step; not in layers that are compiled), "zero" (such a token enters the experts as zeros) or "ignore".
+        router_implementation: who routes: "auto" (the Triton kernel on a GPU, PyTorch elsewhere), "eager" (PyTorch) or
+            "triton" (an error where the kernel does not run). The chosen experts are the same.
         num_nextn_predict_layers: multi-token-prediction layers of the checkpoint.
         mla_form: "auto" expands keys and values for many new tokens and absorbs the up-projections into query and
             output for few; "expanded" and "absorbed" force one form. The results are equal to float rounding.
@@ -195,6 +202,7 @@ class LamoeConfig(PreTrainedConfig):
     seq_aux: bool = True
     router_z_loss_coef: float | int = 0.0
     router_nonfinite: str = "raise"
+    router_implementation: str = "auto"
     mla_form: str = "auto"
     mla_absorb_max_tokens: int | None = None
     mla_implementation: str = "auto"
@@ -316,6 +324,7 @@ class LamoeConfig(PreTrainedConfig):
         _one_of("scoring_func", self.scoring_func, SCORING_FUNCS)
         _one_of("hidden_act", self.hidden_act, HIDDEN_ACTS, "; only silu is served by vLLM, SGLang and llama.cpp")
         _one_of("router_nonfinite", self.router_nonfinite, ("raise", "zero", "ignore"))
+        _one_of("router_implementation", self.router_implementation, ("auto", "eager", "triton"))
         _one_of("mla_form", self.mla_form, ("auto", "expanded", "absorbed"))
         _one_of("mla_implementation", self.mla_implementation, ("auto", "eager"))
 
@@ -457,7 +466,7 @@ class LamoeConfig(PreTrainedConfig):
         """
         written = self.to_diff_dict() if use_diff else self.to_dict()
         defaults = {name: field.default for name, field in type(self).__dataclass_fields__.items()}
-        for name in ("router_nonfinite", "mla_form", "mla_absorb_max_tokens", "mla_implementation", "skip_logits"):
+        for name in _OWN_CHOICES:
             if written.get(name) == defaults[name]:
                 written.pop(name, None)  # ours alone, and as by default: nothing that a stranger's file need say
         rope = dict(self.rope_parameters)

@@ -1,6 +1,7 @@
 """Lamoe: mixture of experts + multi-head latent attention for plain Transformers.
 
-Importing the package registers the model with Transformers' Auto classes, under the name `lamoe`.
+Importing the package registers the model with Transformers' Auto classes and the fused experts with its experts
+registries, both under the name `lamoe`.
 """
 
 from transformers import (
@@ -14,6 +15,7 @@ from transformers.models.auto import modeling_auto
 
 from .balance import BalanceCallback
 from .configuration_lamoe import LamoeConfig
+from .experts import register
 from .modeling_lamoe import (
     LamoeForCausalLM,
     LamoeForSequenceClassification,
@@ -21,7 +23,9 @@ from .modeling_lamoe import (
     LamoeModel,
     LamoePreTrainedModel,
 )
+from .native import BoostReport, boost, unboost
 
+register(overwrite=True)  # over what a checkpoint's copy of the code may have put there
 AutoConfig.register(LamoeConfig.model_type, LamoeConfig, exist_ok=True)
 for auto_class, model_class, names in (
     (AutoModel, LamoeModel, modeling_auto.MODEL_MAPPING_NAMES),
@@ -40,12 +44,24 @@ for auto_class, model_class, names in (
     auto_class.register(LamoeConfig, model_class, exist_ok=True)
     names.setdefault(LamoeConfig.model_type, model_class.__name__)  # Trainer and pipelines look classes up by name
 
+
+def __getattr__(name: str):
+    if name == "fused_experts":  # only here, since it needs Triton; the ImportError says so
+        from .kernels_moe import fused_experts
+
+        return fused_experts
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "BalanceCallback",
+    "BoostReport",
     "LamoeConfig",
     "LamoeForCausalLM",
     "LamoeForSequenceClassification",
     "LamoeForTokenClassification",
     "LamoeModel",
     "LamoePreTrainedModel",
+    "boost",
+    "unboost",
 ]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .moe import expert_scores, select_experts
+from .moe import expert_scores, route
 
 
 def balance_loss(logits_BTE: Tensor, token_mask_BT: Tensor | None, config) -> Tensor:
@@ -22,8 +22,9 @@ def balance_loss(logits_BTE: Tensor, token_mask_BT: Tensor | None, config) -> Te
         logits_BTE: router logits [B, T, E]; differentiable.
         token_mask_BT: [B, T] boolean, False at padding, or None.
     """
-    scores = expert_scores(logits_BTE.to(torch.promote_types(logits_BTE.dtype, torch.float32)), config.scoring_func)
-    chosen = select_experts(scores.detach().flatten(0, 1), None, config)
+    logits_BTE = logits_BTE.to(torch.promote_types(logits_BTE.dtype, torch.float32))
+    scores = expert_scores(logits_BTE, config.scoring_func)
+    _, chosen = route(logits_BTE.detach().flatten(0, 1), None, config)
     chosen_BTE = torch.zeros_like(scores).view(-1, scores.shape[-1]).scatter_(1, chosen, 1.0).view_as(scores)
     affinity_BTE = scores / scores.sum(dim=-1, keepdim=True)
     mask_BT1 = torch.ones_like(scores[..., :1]) if token_mask_BT is None else token_mask_BT.unsqueeze(-1).to(scores)

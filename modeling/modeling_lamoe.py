@@ -27,6 +27,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import LamoeAttention, LamoeRMSNorm, LamoeRotaryEmbedding, unreadable_weight
 from .configuration_lamoe import LamoeConfig
+from .experts import default_implementation
 from .generation import LamoeGenerationMixin
 from .losses import next_token_loss, router_losses
 from .moe import LamoeExperts, LamoeMLP, LamoeMoE, LamoeTopkRouter
@@ -142,6 +143,10 @@ class LamoePreTrainedModel(PreTrainedModel):
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return True  # likewise: @use_experts_implementation stands in moe.py
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """Transformers' answer; where nobody asked for another one, the fused experts if there is a GPU for them."""
+        return super().get_correct_experts_implementation(requested_experts or default_implementation())
 
     @torch.no_grad()
     def _init_weights(self, module):

@@ -13,6 +13,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
+from .experts import NAME, lamoe_experts_forward
 from .precision import KeepsFloat32
 
 
@@ -21,25 +22,82 @@ def expert_scores(logits_NE: Tensor, scoring_func: str) -> Tensor:
     return logits_NE.softmax(dim=-1) if scoring_func == "softmax" else logits_NE.sigmoid()
 
 
-def select_experts(scores_NE: Tensor, bias_E: Tensor | None, config) -> Tensor:
-    """The K experts of each token, [N, K] int64, unordered.
+def selection_values(logits_NE: Tensor, scores_NE: Tensor, config) -> Tensor:
+    """What experts are chosen by, [N, E] without gradient: the scores, before any bias.
+
+    Softmax is monotone, so where nothing is added to its scores the logits choose: they do not depend on the rounding
+    of a sum, and do not underflow.
+    """
+    plain = config.scoring_func == "softmax" and config.topk_method != "noaux_tc"
+    return (logits_NE if plain else scores_NE).detach()
+
+
+def select_experts(values_NE: Tensor, bias_E: Tensor | None, config) -> Tensor:
+    """The K experts of each token, [N, K] int64, descending by value + bias; of equals, the lowest id comes first.
+
+    Of equal groups the lowest index wins as well. NaN counts as greater than all else.
 
     Args:
-        scores_NE: affinities, positive.
+        values_NE: `selection_values`.
         bias_E: correction bias, added for the selection only; None is zero.
         config: `topk_method`, `n_group`, `topk_group`, `num_experts_per_tok`.
     """
-    choice = scores_NE if bias_E is None else scores_NE + bias_E
+    choice = values_NE if bias_E is None else values_NE + bias_E
     if config.topk_method != "greedy" and config.n_group > 1:
         grouped = choice.unflatten(-1, (config.n_group, -1))
         if config.topk_method == "noaux_tc":
             group_scores = grouped.topk(2, dim=-1).values.sum(dim=-1)
         else:
             group_scores = grouped.amax(dim=-1)
-        best = group_scores.topk(config.topk_group, dim=-1, sorted=False).indices
+        best = _descending(group_scores, config.topk_group)
         closed = torch.ones_like(group_scores, dtype=torch.bool).scatter(1, best, False)
         choice = grouped.masked_fill(closed.unsqueeze(-1), float("-inf")).flatten(-2)
-    return choice.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
+    return _descending(choice, config.num_experts_per_tok)
+
+
+def _descending(values: Tensor, count: int) -> Tensor:
+    """Indices of the `count` greatest of each row. topk would leave open which of equals it takes."""
+    return values.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+
+
+def route_eager(logits_NE: Tensor, bias_E: Tensor | None, config) -> tuple[Tensor, Tensor]:
+    """Weights [N, K] in the logits' dtype, differentiable, and experts [N, K] int64 as by `select_experts`."""
+    scores = expert_scores(logits_NE, config.scoring_func)
+    experts = select_experts(selection_values(logits_NE, scores, config), bias_E, config)
+    weights = scores.gather(1, experts)
+    if config.norm_topk_prob:
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+    if config.routed_scaling_factor != 1:
+        weights = weights * config.routed_scaling_factor
+    return weights, experts
+
+
+_ROUTING_FIELDS = (
+    "num_experts_per_tok", "topk_method", "n_group", "topk_group", "scoring_func", "norm_topk_prob",
+    "routed_scaling_factor",
+)  # fmt: skip
+
+
+def route(logits_NE: Tensor, bias_E: Tensor | None, config) -> tuple[Tensor, Tensor]:
+    """`route_eager`, or its fused twin where `config.router_implementation` has it.
+
+    Raises:
+        ValueError: it is "triton", and the kernel does not run here; the message says why.
+    """
+    implementation = config.router_implementation
+    if implementation == "eager" or (implementation == "auto" and not logits_NE.is_cuda):
+        return route_eager(logits_NE, bias_E, config)
+    fields = {name: getattr(config, name) for name in _ROUTING_FIELDS}
+    try:
+        from .kernels_router import route as route_fused
+        from .kernels_router import why_not_route
+    except ImportError as error:
+        if implementation == "triton":
+            raise ValueError(str(error)) from error
+        return route_eager(logits_NE, bias_E, config)
+    if implementation == "auto" and why_not_route(logits_NE, bias_E, **fields):
+        return route_eager(logits_NE, bias_E, config)
+    return route_fused(logits_NE, bias_E, **fields)
 
 
 class LamoeTopkRouter(KeepsFloat32, nn.Module):
@@ -85,16 +143,10 @@ class LamoeTopkRouter(KeepsFloat32, nn.Module):
             logits = torch.where(torch.isfinite(logits).all(dim=-1, keepdim=True), logits, 0.0)
         elif self.config.router_nonfinite == "raise" and not torch.compiler.is_compiling():
             self.checksum = logits.detach().sum()
-        scores = expert_scores(logits, self.config.scoring_func)
         bias = self.e_score_correction_bias if self.config.topk_method == "noaux_tc" else None
-        experts = select_experts(scores.detach(), bias, self.config)
-        weights = scores.gather(1, experts)
-        if self.config.norm_topk_prob:
-            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        weights, experts = route(logits, bias, self.config)
         if self.training and not _recomputing():
             self._count(experts, token_mask)
-        if self.config.routed_scaling_factor != 1:
-            weights = weights * self.config.routed_scaling_factor
         return logits, weights, experts
 
     @torch.no_grad()
@@ -117,6 +169,8 @@ class LamoeExperts(nn.Module):
 
     `config._experts_implementation` chooses who computes them; this forward is "eager".
     """
+
+    lamoe_forward = lamoe_experts_forward  # the registry is one for all revisions of this code in a process
 
     def __init__(self, config):
         super().__init__()
@@ -189,5 +243,22 @@ class LamoeMoE(nn.Module):
             finite = torch.isfinite(hidden_states).all(dim=-1, keepdim=True)
             hidden_states = torch.where(finite, hidden_states, 0.0)
         _, weights, experts = self.gate(hidden_states, None if token_mask is None else token_mask.reshape(-1))
-        routed = self.experts(hidden_states.flatten(0, -2), experts, weights).view_as(hidden_states)
-        return routed if self.shared_experts is None else routed + self.shared_experts(hidden_states)
+        x_ND = hidden_states.flatten(0, -2)
+        if self.shared_experts is None:
+            return self.experts(x_ND, experts, weights).view_as(hidden_states)
+        if self._adds_shared_inside():
+            shared_ND = self.shared_experts(hidden_states).flatten(0, -2)
+            return self.experts(x_ND, experts, weights, shared=shared_ND).view_as(hidden_states)
+        return self.experts(x_ND, experts, weights).view_as(hidden_states) + self.shared_experts(hidden_states)
+
+    def _adds_shared_inside(self) -> bool:
+        """Whether the experts' call may add the shared output: nobody else looks at its result, or sums up several."""
+        experts = self.experts
+        return (
+            type(experts) is LamoeExperts
+            and experts.config._experts_implementation == NAME
+            and not experts._is_expert_parallel
+            and "forward" not in experts.__dict__  # replaced by expert or tensor parallelism, or by accelerate
+            and not (experts._forward_hooks or experts._forward_pre_hooks)
+            and not (experts._backward_hooks or experts._backward_pre_hooks)
+        )

@@ -1,7 +1,13 @@
 """What every test begins with: Transformers warns, and each once-only warning is yet to be given."""
 
+import os
+
 import pytest
+import torch
 from transformers.utils import logging
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, which nobody has done yet
 
 
 @pytest.fixture(autouse=True)

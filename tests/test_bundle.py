@@ -17,7 +17,10 @@ from tests.test_moe import make_config
 from tests.tiny import FAMILIES, lamoe_model, random_ids
 
 ROOT = Path(__file__).resolve().parents[1]
-CODE = {"attention", "configuration_lamoe", "generation", "losses", "modeling_lamoe", "moe", "precision"}
+CODE = {
+    "attention", "configuration_lamoe", "experts", "generation", "kernels_decode", "kernels_gemm", "kernels_moe",
+    "kernels_plan", "kernels_router", "kernels_tiles", "losses", "modeling_lamoe", "moe", "precision",
+}  # fmt: skip
 
 # What every child process begins with: neither package can be found, and a socket is an error.
 BARE = """
@@ -138,6 +141,37 @@ def test_two_revisions_do_not_touch_each_other(saved, tmp_path):
     assert found["differs"] > 1e-3
 
 
+TWO_EXPERTS = """
+import json
+one, two = sys.argv[1:]
+kept = {"trust_remote_code": True, "experts_implementation": "lamoe"}
+load = lambda folder: AutoModelForCausalLM.from_pretrained(folder, **kept).eval()
+first = load(one)
+before = first(ids).logits
+second = load(two)
+grouped = AutoModelForCausalLM.from_pretrained(one, trust_remote_code=True, experts_implementation="grouped_mm").eval()
+print(json.dumps({
+    "same": torch.equal(first(ids).logits, before), "differs": float((second(ids).logits - before).abs().max()),
+    "grouped": float((grouped(ids).logits - before).abs().max()),
+}))
+"""
+
+
+def test_two_revisions_share_a_registry_and_run_their_own_experts(saved, tmp_path):
+    """Without Triton, too: then by grouped_mm."""
+    _, folder = saved
+    other = tmp_path / "later" / "model"
+    shutil.copytree(folder, other)
+    code = (other / "experts.py").read_text()
+    changed = code.replace(
+        "out if shared is None else out + shared", "3 * out if shared is None else 3 * out + shared"
+    )
+    assert changed != code
+    (other / "experts.py").write_text(changed)
+    found = child(TWO_EXPERTS, tmp_path, folder, other)
+    assert found["same"] and found["grouped"] < 1e-5 and found["differs"] > 1e-3
+
+
 LEAVES_NO_TRACE = """
 import json
 from transformers.conversion_mapping import USER_REGISTERED_MAPPINGS
@@ -170,7 +204,10 @@ print(json.dumps({"changed": {k: [before[k], after[k]] for k in before if before
 
 def test_importing_the_bundle_leaves_no_trace_but_its_own_name(saved, tmp_path):
     _, folder = saved
-    assert child(LEAVES_NO_TRACE, tmp_path, folder) == {"changed": {"mappings": [[], ["lamoe"]]}, "written": []}
+    found = child(LEAVES_NO_TRACE, tmp_path, folder)
+    before, after = found["changed"].pop("experts")
+    assert sorted([*before, "lamoe"]) == after
+    assert found == {"changed": {"mappings": [[], ["lamoe"]]}, "written": []}
 
 
 HEADS = """

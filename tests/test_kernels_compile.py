@@ -1,0 +1,193 @@
+"""Every kernel compiles ahead of time, without a GPU, for the devices we name: no spills, and shared memory that fits.
+
+Run as a script, this file compiles the kernels of one target and prints what they use: see `compile_all`.
+"""
+
+import ast
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import types
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = sorted(path.stem for path in (ROOT / "modeling").glob("kernels_*.py"))
+SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # that one block can have
+PRODUCTS = ("_rows_kernel", "_weight_gradient_kernel", "_swapped_up_kernel", "_swapped_down_kernel")
+
+
+def launched_kernels() -> set[str]:
+    """Names of the Triton functions that modeling/kernels_*.py launches, as in `name[grid](...)`."""
+    names = set()
+    for module in MODULES:
+        tree = ast.parse((ROOT / "modeling" / f"{module}.py").read_text())
+        nodes = list(ast.walk(tree))
+        jitted = {
+            node.name
+            for node in nodes
+            if isinstance(node, ast.FunctionDef) and any(ast.unparse(d).endswith("jit") for d in node.decorator_list)
+        }
+        launches = (n.func.value for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Subscript))
+        names |= jitted & {ast.unparse(launch) for launch in launches}
+    return names
+
+
+@pytest.mark.parametrize("target", SHARED_KIB)
+def test_every_kernel_compiles_and_fits(target, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, __file__, target], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    compiled = [json.loads(line) for line in run.stdout.splitlines()]
+    assert {kernel["name"] for kernel in compiled} == launched_kernels()
+    assert {"bfloat16", "float16", "float32"} <= {kernel["dtype"] for kernel in compiled}
+    spilling = [kernel for kernel in compiled if kernel["spills"]]
+    too_big = [kernel for kernel in compiled if kernel["shared"] > 1024 * SHARED_KIB[target]]
+    assert not spilling and not too_big, "\n".join(map(str, [*spilling, *too_big]))
+    if target == "sm_90":
+        slow = [k for k in compiled if k["name"] in PRODUCTS and "16" in k["dtype"] and not k["wgmma"]]
+        assert not slow, "\n".join(map(str, slow))
+
+
+def usage(compiled) -> dict:
+    """Spilt registers or bytes of stack, shared memory and tensor-core instructions of a compiled kernel."""
+    found = {"shared": compiled.metadata.shared, "warps": compiled.metadata.num_warps}
+    if "amdgcn" in compiled.asm:
+        (spills,) = re.findall(r"\.vgpr_spill_count: *(\d+)", compiled.asm["amdgcn"])
+        return {**found, "spills": int(spills), "wgmma": 0}
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    spills = re.findall(r"\b(?:STACK|LOCAL):(\d+)", text)
+    assert len(spills) == 2
+    return {**found, "spills": sum(map(int, spills)), "wgmma": compiled.asm["ptx"].count("wgmma.mma_async")}
+
+
+def compile_all(name: str):
+    """Compile for the target `name` what every public function launches, and print a line of JSON for each kernel.
+
+    The functions run on CPU tensors; in place of a launch, Triton compiles for a driver that only names its target.
+    """
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    hip = name.startswith("gfx")
+    target = GPUTarget("hip", name, 64) if hip else GPUTarget("cuda", int(name[3:]), 32)
+
+    class Driver:
+        """As much of a driver as compiling needs."""
+
+        get_current_target = staticmethod(lambda: target)
+        get_current_device = staticmethod(lambda: 0)
+        get_current_stream = staticmethod(lambda device: 0)
+        get_active_torch_device = staticmethod(lambda: torch.device("cpu"))
+
+    driver.set_active(Driver())
+    run, seen, context = JITFunction.run, set(), {}
+
+    def compile_only(self, *arguments, grid, warmup, **options):
+        start = time.perf_counter()
+        compiled = run(self, *arguments, grid=grid, warmup=True, **options)
+        if compiled.hash not in seen:
+            seen.add(compiled.hash)
+            seconds = round(time.perf_counter() - start, 1)
+            print(json.dumps({"name": self.fn.__name__, **context, **usage(compiled), "seconds": seconds}), flush=True)
+        return compiled
+
+    JITFunction.run = compile_only
+    package = types.ModuleType("lamoe")  # the kernels alone: they need no Transformers, which takes long to import
+    package.__path__ = [str(ROOT / "modeling")]
+    sys.modules["lamoe"] = package
+    modules = {module: importlib.import_module(f"lamoe.{module}") for module in MODULES}
+    tiles, moe = modules["kernels_tiles"], modules["kernels_moe"]
+
+    def device(x):
+        if x.dtype == torch.float32:
+            return tiles.FLOAT32
+        return tiles.CDNA if hip else tiles.TABLE[max(key for key in tiles.TABLE if key <= target.arch)]
+
+    tiles._device = device
+    for module in modules.values():
+        if hasattr(module, "has_tma"):
+            module.has_tma = lambda x: not hip and target.arch >= 90
+        if hasattr(module, "multiprocessors"):
+            module.multiprocessors = lambda x: 132
+
+    E, K = 64, 8
+
+    def experts(dtype, N, *, D=2048, F=1408, train=False, **options):
+        x, shared = (torch.empty(N, D, dtype=dtype) for _ in range(2))
+        weights = [torch.empty(shape, dtype=dtype) for shape in ((E, 2 * F, D), (E, D, F))]
+        scales = torch.empty(N, K)
+        for tensor in (x, scales, shared, *weights):
+            tensor.requires_grad_(train)
+        for tensor in weights if options.get("accumulate") else ():
+            tensor.grad = torch.empty_like(tensor)
+        index = torch.zeros(N, K, dtype=torch.int64)
+        out = moe.fused_experts(x, index, scales, *weights, shared=shared, **options)
+        if train:
+            out.backward(out.detach())
+
+    def grouped(dtype, N=4096, D=2048, F=1408):
+        x, scales, bias = torch.empty(N, D, dtype=dtype), torch.empty(N, K), torch.empty(E, F, dtype=dtype)
+        leaves = [t.requires_grad_() for t in (x, scales, bias, torch.empty(E, D, F, dtype=dtype))]
+        rows = moe.GroupedRows(x, torch.zeros(N, K, dtype=torch.int64), E)
+        out = rows.sum(rows.linear(x, leaves[3], bias, tokens=True, transposed=True), scales)
+        torch.autograd.grad(out, leaves, out.detach())
+
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        classes, few = device(torch.empty(0, dtype=dtype))
+        context.update(dtype=str(dtype)[6:], case="few rows")
+        if dtype != torch.float16:
+            experts(dtype, 1)
+        for way in few.swapped[:1] if dtype == torch.float16 else few.swapped:
+            D, F = (2048, 1408) if way.size == 0 else (4096, 8192)
+            experts(dtype, way.rows * E // K, D=D, F=F)
+        for rows, _ in classes if dtype == torch.bfloat16 else classes[:1]:
+            context["case"] = f"from {rows} rows an expert"
+            N = max(rows, few.swapped[-1].rows + 8) * E // K
+            if dtype == torch.bfloat16:
+                experts(dtype, N)
+            experts(dtype, N, train=True)
+    context.update(dtype="bfloat16", case="accumulating")
+    experts(torch.bfloat16, 4096, train=True, accumulate=True)
+    context.update(case="batch invariant")
+    experts(torch.bfloat16, 1, batch_invariant=True)
+    context.update(case="grouped rows")
+    grouped(torch.bfloat16)
+    torch.set_float32_matmul_precision("high")
+    context.update(dtype="float32", case="grouped rows, tf32")
+    grouped(torch.float32)
+
+    context.update(dtype="bfloat16", case="a wide row")
+    experts(torch.bfloat16, 1, D=4096)
+    context.update(dtype="int64", case="256 experts")
+    modules["kernels_plan"].make_plan(torch.zeros(8192, 8, dtype=torch.int64), 256, 128, kept=False)
+    modules["kernels_plan"].make_plan(torch.zeros(64, 8, dtype=torch.int64), 256, 128, kept=False)
+
+    if "kernels_router" in modules:
+        router = modules["kernels_router"]
+        for experts, chosen, best_two, groups, open_groups, softmax in (
+            (256, 8, True, 8, 4, False), (160, 6, False, 8, 3, True), (64, 6, False, 1, 1, True),
+        ):  # fmt: skip
+            context.update(dtype="float32", case=f"router of {experts} in {groups} groups")
+            logits, bias = torch.empty(512, experts), None if softmax else torch.empty(experts)
+            weights, ids = router._route(logits, bias, chosen, best_two, groups, open_groups, softmax, True, 1.0)
+            router._route_backward(weights, logits, ids, softmax, True, 1.0)
+
+
+if __name__ == "__main__":
+    compile_all(sys.argv[1])
