@@ -28,9 +28,12 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from trl import TrlParser
 
-from lamoe import LamoeConfig, LamoeForCausalLM
+from lamoe import LamoeConfig, LamoeForCausalLM, boost
+from lamoe.scripts.expert_speed import SHAPES, decode_cost, model_step_cost, train_cost
+from lamoe.scripts.expert_tiles import best_tiles
+from lamoe.scripts.result_tables import markdown_tables
 
-SUITES = ("cache", "attention", "decode", "tables")
+SUITES = ("cache", "attention", "decode", "moe", "moe-decode", "step", "tune", "tables")
 _NATIVE = {"deepseek_v2": DeepseekV2Config, "deepseek_v3": DeepseekV3Config}
 
 
@@ -47,8 +50,17 @@ class Arguments:
     cache: str = field(default="static", metadata={"help": "decode: static (compiled) or dynamic."})
     models: list[str] = field(default_factory=lambda: ["lamoe", "native"], metadata={"help": "decode: whom to run."})
     experts: str = field(default="default", metadata={"help": "decode: an experts implementation to force."})
+    shapes: list[str] = field(
+        default_factory=lambda: list(SHAPES), metadata={"help": f"moe, moe-decode, tune: of {', '.join(SHAPES)}."}
+    )
+    routing: list[str] = field(default_factory=lambda: ["uniform"], metadata={"help": "moe: uniform, skewed."})
+    who: list[str] = field(
+        default_factory=list,
+        metadata={"help": "moe: whom to run beside dense cuBLAS; none is all."},
+    )
+    tokens: list[int] = field(default_factory=lambda: [1, 8, 64, 256], metadata={"help": "moe-decode: tokens a call."})
     rows: Path | None = field(
-        default=None, metadata={"help": "JSONL file that the rows are added to; tables: that is printed as Markdown."}
+        default=None, metadata={"help": "JSONL file that the rows are added to; tables: the folder that is printed."}
     )
 
 
@@ -57,9 +69,13 @@ def main(arguments: Arguments):
     if arguments.suite not in SUITES:
         raise ValueError(f"suite={arguments.suite!r} is not one of {', '.join(SUITES)}.")
     if arguments.suite == "tables":
-        print(markdown_tables(arguments.rows or Path("model_cards/results/foundation.jsonl")))
+        print("\n\n".join(markdown_tables(arguments.rows or Path("model_cards/results")).values()))
         return
-    rows = {"cache": cache_bytes, "attention": attention_step, "decode": decode}[arguments.suite](arguments)
+    suites = {
+        "cache": cache_bytes, "attention": attention_step, "decode": decode, "moe": moe, "moe-decode": moe_decode,
+        "step": step, "tune": tune,
+    }  # fmt: skip
+    rows = suites[arguments.suite](arguments)
     table = Table(*rows[0], title=f"{arguments.suite}, {device_name()}")
     for row in rows:
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
@@ -225,6 +241,53 @@ def generate_cost(model, batch: int, context: int, arguments: Arguments) -> tupl
     return statistics.median(steps), (marks[0] - start) * 1e3, peak
 
 
+def moe(arguments: Arguments) -> list[dict]:
+    """Experts alone, against every rival that is installed: forward, forward + backward, bytes held, peak."""
+    rows = []
+    for shape, routing in itertools.product(known_shapes(arguments), arguments.routing):
+        if routing not in ("uniform", "skewed"):
+            raise ValueError(f"routing={routing!r} is not one of uniform, skewed.")
+        rows += train_cost(shape, routing, arguments.who)
+        torch.cuda.empty_cache()
+    return rows
+
+
+def moe_decode(arguments: Arguments) -> list[dict]:
+    """Experts alone, for few tokens, beside the time that their weights take through memory."""
+    rows = []
+    for shape in known_shapes(arguments):
+        rows += decode_cost(shape, arguments.tokens)
+        torch.cuda.empty_cache()
+    return rows
+
+
+def step(arguments: Arguments) -> list[dict]:
+    """Forward + backward of whole models: ours, the native class with grouped_mm, and that class boosted."""
+    ours, native = pair(arguments.preset, arguments.layers, "cuda", torch.bfloat16)
+    batch, length = paired(arguments)[0]
+    turns = {
+        "lamoe": (ours, lambda: None),
+        "native grouped_mm": (native, lambda: native.set_experts_implementation("grouped_mm")),
+        "native boosted": (native, lambda: boost(native)),
+    }
+    return model_step_cost(turns, batch, length)
+
+
+def tune(arguments: Arguments) -> list[dict]:
+    """The best tiles for each shape on this device, as kernels_tiles.py wants them."""
+    return [row for shape in known_shapes(arguments) for row in best_tiles(shape)]
+
+
+def known_shapes(arguments: Arguments) -> list[str]:
+    """The shapes asked for."""
+    unknown = [shape for shape in arguments.shapes if shape not in SHAPES]
+    if unknown:
+        raise ValueError(f"shapes={unknown} are not among {', '.join(SHAPES)}.")
+    if not torch.cuda.is_available():
+        raise ValueError(f"suite={arguments.suite!r} needs a GPU.")
+    return arguments.shapes
+
+
 def pair(preset: str, layers: int | None, device: str, dtype: torch.dtype, dense: bool = False):
     """Our model of this shape with random weights, and the native class over the very same tensors."""
     config = LamoeConfig.from_preset(preset, eos_token_id=None, pad_token_id=0)
@@ -242,26 +305,6 @@ def pair(preset: str, layers: int | None, device: str, dtype: torch.dtype, dense
     native.load_state_dict(ours.state_dict(), assign=True)
     native.model.rotary_emb = type(native.model.rotary_emb)(native_config).to(device)
     return ours, native
-
-
-def markdown_tables(file: Path) -> str:
-    """The tables of README.md, from measured rows: decoding, one step of attention, bytes of cache."""
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    steps = {(r["cache"], r["batch"], r["context"], r["model"]): r["step_ms"] for r in rows if r["suite"] == "decode"}
-    lines = ["| decode, ms a step | native | Lamoe | ratio |", "|---|---|---|---|"]
-    for cache, batch, context in sorted({key[:3] for key in steps}, key=lambda key: (key[0] != "static", key[1])):
-        native, ours = (steps[cache, batch, context, name] for name in ("native", "lamoe"))
-        shape = f"{cache} cache, batch {batch}, context {context // 1024}k"
-        lines.append(f"| {shape} | {native:.1f} | {ours:.1f} | {native / ours:.2f} |")
-    lines += ["", "| attention of one layer, one new token | native | Lamoe | ratio |", "|---|---|---|---|"]
-    for r in (r for r in rows if r["suite"] == "attention"):
-        shape = f"{r['preset']}, context {r['context'] // 1024}k, {r['device']}, {r['dtype']}"
-        cells = [f"{r[f'{name}_ms']:.1f} ms, {r[f'{name}_temporary_mib']:.0f} MiB" for name in ("native", "lamoe")]
-        lines.append(f"| {shape} | {cells[0]} | {cells[1]} | {r['speedup']:.2f} |")
-    lines += ["", "| cache, bytes a token in bfloat16 | keys and values | latents, as cached |", "|---|---|---|"]
-    for r in (r for r in rows if r["suite"] == "cache"):
-        lines.append(f"| {r['preset']} | {r['expanded_bytes']:,} | {r['latent_bytes']:,} |")
-    return "\n".join(lines)
 
 
 def paired(arguments: Arguments) -> list[tuple[int, int]]:

@@ -1,0 +1,94 @@
+"""The tables of README.md, printed from the measured rows in model_cards/results/."""
+
+import json
+from pathlib import Path
+
+
+def read_rows(folder: Path) -> dict[str, list[dict]]:
+    """All rows of the folder's JSONL files, by suite."""
+    suites: dict[str, list[dict]] = {}
+    for file in sorted(folder.glob("*.jsonl")):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            suites.setdefault(row["suite"], []).append(row)
+    return suites
+
+
+def markdown_tables(folder: Path) -> dict[str, str]:
+    """Every table in Markdown, by the name of its suite; suites without rows have none."""
+    makers = {
+        "decode": _decode, "attention": _attention, "cache": _cache, "moe": _moe, "moe-decode": _moe_decode,
+        "step": _step,
+    }  # fmt: skip
+    suites = read_rows(folder)
+    return {suite: "\n".join(make(suites[suite])) for suite, make in makers.items() if suite in suites}
+
+
+def _decode(rows: list[dict]) -> list[str]:
+    steps = {(r["cache"], r["batch"], r["context"], r["model"]): r["step_ms"] for r in rows}
+    lines = ["| decode, ms a step | native | Lamoe | ratio |", "|---|---|---|---|"]
+    for cache, batch, context in sorted({key[:3] for key in steps}, key=lambda key: (key[0] != "static", key[1])):
+        native, ours = (steps[cache, batch, context, name] for name in ("native", "lamoe"))
+        shape = f"{cache} cache, batch {batch}, context {context // 1024}k"
+        lines.append(f"| {shape} | {native:.1f} | {ours:.1f} | {native / ours:.2f} |")
+    return lines
+
+
+def _attention(rows: list[dict]) -> list[str]:
+    lines = ["| attention of one layer, one new token | native | Lamoe | ratio |", "|---|---|---|---|"]
+    for r in rows:
+        shape = f"{r['preset']}, context {r['context'] // 1024}k, {r['device']}, {r['dtype']}"
+        cells = [f"{r[f'{name}_ms']:.1f} ms, {r[f'{name}_temporary_mib']:.0f} MiB" for name in ("native", "lamoe")]
+        lines.append(f"| {shape} | {cells[0]} | {cells[1]} | {r['speedup']:.2f} |")
+    return lines
+
+
+def _cache(rows: list[dict]) -> list[str]:
+    lines = ["| cache, bytes a token in bfloat16 | keys and values | latents, as cached |", "|---|---|---|"]
+    return lines + [f"| {r['preset']} | {r['expanded_bytes']:,} | {r['latent_bytes']:,} |" for r in rows]
+
+
+def _moe(rows: list[dict]) -> list[str]:
+    by = {(r["shape"], r["routing"], r["who"]): r for r in rows}
+    lines = [
+        "| experts, forward + backward, TFLOP/s | dense cuBLAS | Transformers grouped_mm | Lamoe | over grouped_mm "
+        "| over dense | held, MiB: grouped_mm / Lamoe | half the rows to one expert |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for shape in dict.fromkeys(r["shape"] for r in rows):
+        dense, rival, ours = (
+            by[shape, "uniform", who] for who in ("dense cuBLAS", "transformers grouped_mm", "lamoe")
+        )
+        skewed = by.get((shape, "skewed", "lamoe"))
+        slower = f"{skewed['step_ms'] / ours['step_ms']:.2f} times the time" if skewed else "[not measured]"
+        lines.append(
+            f"| {shape} | {dense['step_tflops']:.0f} | {rival['step_tflops']:.0f} | {ours['step_tflops']:.0f} "
+            f"| {rival['step_ms'] / ours['step_ms']:.2f} | {ours['over_dense']:.2f} "
+            f"| {rival['held_mib']:,.0f} / {ours['held_mib']:,.0f} | {slower} |"
+        )
+    return lines
+
+
+def _moe_decode(rows: list[dict]) -> list[str]:
+    by = {(r["shape"], r["tokens"], r["who"]): r for r in rows}
+    tokens = sorted({r["tokens"] for r in rows})
+    heads = " | ".join(f"{n} token{'s' if n > 1 else ''}" for n in tokens)
+    lines = [
+        f"| experts by CUDA graph, µs: grouped_mm / Lamoe (share of the memory's limit) | {heads} |",
+        "|---" * (len(tokens) + 1) + "|",
+    ]
+    for shape in dict.fromkeys(r["shape"] for r in rows):
+        cells = []
+        for n in tokens:
+            rival, ours = by[shape, n, "transformers grouped_mm"], by[shape, n, "lamoe"]
+            cells.append(f"{rival['graph_us']:.0f} / {ours['graph_us']:.0f} ({ours['share_of_floor']:.0%})")
+        lines.append(f"| {shape} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _step(rows: list[dict]) -> list[str]:
+    lines = ["| forward + backward | tokens a second | peak, GiB |", "|---|---|---|"]
+    for r in rows:
+        name = f"{r['model']}, {r['layers']} layers, {r['tokens']:,} tokens"
+        lines.append(f"| {name} | {r['tokens_per_second']:,.0f} | {r['peak_gib']:.1f} |")
+    return lines
