@@ -138,7 +138,7 @@ def _differentiate(ctx, dy, _dh, _dplan):
     if dy is None:
         return (None,) * 11
     x, top_k_weights, gate_up, down, h, packed = ctx.saved_tensors
-    into = [w.grad if ctx.accumulate and w.is_leaf else None for w in (gate_up, down)]
+    into = [_grad_of(w) if ctx.accumulate else None for w in (gate_up, down)]
     dx, dw, d_gate_up, d_down = _experts_backward(
         dy.contiguous(), x, top_k_weights, gate_up, down, h, packed, *into, ctx.act, ctx.batch_invariant,
         need_x, need_gate_up, need_down,
@@ -157,9 +157,15 @@ def _differentiate(ctx, dy, _dh, _dplan):
 _experts.register_autograd(_differentiate, setup_context=_keep)
 
 
-def _aligned(weight: Tensor) -> Tensor:
+def _grad_of(weight: Tensor) -> Tensor | None:
+    """The gradient that a kernel can add to in place; None if there is none, or none that it can."""
+    grad = weight.grad if weight.is_leaf else None
+    return grad if grad is not None and grad.is_contiguous() and grad.data_ptr() % 16 == 0 else None
+
+
+def _aligned(x: Tensor) -> Tensor:
     """The copy engine wants tensors to begin at multiples of 16 bytes, which a view into a flat buffer may not do."""
-    return weight if weight.data_ptr() % 16 == 0 else weight.clone()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 @_operator("plan")
@@ -182,7 +188,7 @@ def _grouped_linear(
     M, E = len(a) * (K if gather else 1), len(weight)
     y = a.new_zeros((M, weight.shape[2 if transposed else 1]))
     return plain_rows(
-        a, _aligned(weight), unpack(packed, M, E), K, tiles_for(a, M, E).down,
+        _aligned(a), _aligned(weight), unpack(packed, M, E), K, tiles_for(a, M, E).down,
         gather=gather, transposed=transposed, bias=bias, out=y,
     )  # fmt: skip
 
@@ -200,6 +206,7 @@ def _grouped_linear_backward(
     """Gradients of a, weight and bias; [0] for what is not needed."""
     M, E = len(dy), len(weight)
     plan, tiles = unpack(packed, M, E), tiles_for(a, M, E)
+    dy, a = _aligned(dy), _aligned(a)
     da, dw, db = (a.new_empty(0) for _ in range(3))
     if need_a:
         da = plain_rows(
@@ -370,19 +377,27 @@ def _product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
 class GroupedRows:
     """Linear layers over routed rows, for experts that are not two gated projections; each step is differentiable.
 
-    `linear` of tokens or rows, any function of rows in between, then `sum` back to tokens. Sentinels' rows are zeros.
+    `linear` of tokens or rows, any function of rows in between, then `sum` back to tokens. The rows of sentinels are
+    zeros, and functions in between must keep them finite, in their gradients too.
     """
 
     def __init__(self, hidden_states: Tensor, top_k_index: Tensor, num_experts: int):
         """Sort `top_k_index` [N, K] for `hidden_states` [N, D], which are not kept."""
         self.num_experts = num_experts
+        self.dtype = hidden_states.dtype
         self.K = top_k_index.shape[1]
         self.packed = _plan(top_k_index.contiguous(), num_experts, hidden_states)
 
     def linear(
         self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, tokens: bool = False, transposed: bool = False
     ) -> Tensor:
-        """Rows [M, Y] of x: rows [M, X], or `tokens` [N, X]; weight [E, Y, X], or [E, X, Y] if `transposed`."""
+        """Rows [M, Y] of x: rows [M, X], or `tokens` [N, X]; weight [E, Y, X], or [E, X, Y] if `transposed`.
+
+        Raises:
+            ValueError: x or the weight has another dtype than the tokens that the rows were sorted for.
+        """
+        if x.dtype != self.dtype or weight.dtype != self.dtype:
+            raise ValueError(f"x is {x.dtype} and weight {weight.dtype}; these rows were sorted for {self.dtype}.")
         return _grouped_linear(x.contiguous(), self.packed, weight, bias, self.K, tokens, transposed)
 
     def sum(self, rows: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def _even(length: int) -> int:
     return (length + 3) // 4 * 4  # parts begin at multiples of 16 bytes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "SPLIT"])
 def _count_kernel(ids_ptr, counts_ptr, M, E, SPLIT, IDS: tl.constexpr, EP: tl.constexpr):
     """counts[s, e]: rows of expert e among ids [s * SPLIT, (s + 1) * SPLIT); E counts the sentinels."""
     s = tl.program_id(0)
@@ -73,15 +73,16 @@ def _count_kernel(ids_ptr, counts_ptr, M, E, SPLIT, IDS: tl.constexpr, EP: tl.co
     tl.store(counts_ptr + s * EP + tl.arange(0, EP), counts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "SPLIT", "SPLITS", "TILE"])
 def _place_kernel(
     ids_ptr, counts_ptr, order_ptr, positions_ptr, starts_ptr, tile_expert_ptr, tile_row_ptr,
-    M, E, SPLIT, SPLITS: tl.constexpr, AT_ONCE: tl.constexpr, TILE: tl.constexpr, IDS: tl.constexpr, EP: tl.constexpr,
+    M, E, SPLIT, SPLITS, TILE, COUNTED: tl.constexpr, AT_ONCE: tl.constexpr, IDS: tl.constexpr, EP: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
     """Place the rows of GROUP experts that lie in one split; the first split also writes starts and tiles.
 
-    SPLITS = 0: there is one split, whose ids are counted here, so that few rows need no launch before this one.
+    Not COUNTED: there is one split, whose ids are counted here, so that few rows need no launch before this one. What
+    depends on the number of rows is no constant, or each new number would compile anew.
     """
     e0 = tl.program_id(0) * GROUP
     s = tl.program_id(1)
@@ -89,17 +90,18 @@ def _place_kernel(
     every = tl.arange(0, EP)
     totals = tl.zeros((EP,), tl.int32)
     before = tl.zeros((EP,), tl.int32)
-    if SPLITS == 0:
+    if COUNTED:
+        for first in tl.range(0, SPLITS, AT_ONCE):
+            split = first + tl.arange(0, AT_ONCE)
+            at = counts_ptr + split[:, None] * EP + every[None, :]
+            counts = tl.load(at, mask=(split < SPLITS)[:, None], other=0)
+            totals += tl.sum(counts, axis=0)
+            before += tl.sum(tl.where((split < s)[:, None], counts, 0), axis=0)
+    else:
         for first in tl.range(0, M, IDS):
             i = first + tl.arange(0, IDS)
             ids = tl.load(ids_ptr + i, mask=i < M, other=E)
             totals += tl.histogram(tl.where((ids >= 0) & (ids < E), ids, E).to(tl.int32), EP)
-    for first in tl.range(0, SPLITS, AT_ONCE):
-        split = first + tl.arange(0, AT_ONCE)
-        at = counts_ptr + split[:, None] * EP + every[None, :]
-        counts = tl.load(at, mask=(split < SPLITS)[:, None], other=0)
-        totals += tl.sum(counts, axis=0)
-        before += tl.sum(tl.where((split < s)[:, None], counts, 0), axis=0)
     totals = tl.where(every < E, totals, 0)
     lower = every[None, :] < experts[:, None]
     same = every[None, :] == experts[:, None]
@@ -220,13 +222,14 @@ def make_plan(top_k_index: Tensor, E: int, tile_rows: int, *, kept: bool) -> Ten
     EP = triton.next_power_of_2(E + 1)
     splits = 0 if M <= _FEW_IDS else min(256, triton.cdiv(M, 2 * _IDS))
     split = triton.cdiv(triton.cdiv(M, max(splits, 1)), _IDS) * _IDS
-    group = 16 if splits < 32 else max(16, min(64, EP))
+    group = 16 if splits < 32 else max(16, min(64, 4096 // EP))
     counts = packed.new_empty((splits, EP))
     if splits:
         _count_kernel[(splits,)](top_k_index, counts, M, E, split, IDS=_IDS, EP=EP)
     _place_kernel[(triton.cdiv(E, group), max(splits, 1))](
         top_k_index, counts, plan.order, plan.positions, plan.starts, plan.tile_expert, plan.tile_row,
-        M, E, split, SPLITS=splits, AT_ONCE=max(1, 8192 // EP), TILE=tile_rows, IDS=_IDS, EP=EP, GROUP=group,
+        M, E, split, splits, tile_rows, COUNTED=splits > 0, AT_ONCE=max(1, 4096 // EP), IDS=_IDS, EP=EP, GROUP=group,
+        num_warps=4 if splits else 8,
     )  # fmt: skip
     return packed
 

@@ -81,17 +81,18 @@ _HOPPER = Device(
 )
 
 
-def _plain(tile: Tile, swapped: SwappedTile) -> Device:
+def _plain(tile: Tile, dw: Tile, swapped: SwappedTile) -> Device:
     few = _VECTOR._replace(swapped=(Swapped(8, 0, swapped, swapped),))
-    return Device(((0, Tiles(tile, tile, tile, tile, tile)),), few)
+    return Device(((0, Tiles(tile, tile, tile, tile, dw)),), few)
 
 
 # by the oldest compute capability that a row is for; measured on 90 only
-TABLE = {90: _HOPPER, 0: _plain(Tile(128, 128, 32, 8, 3, blocks=2), SwappedTile(64, 16, 64, 4, 4))}
-CDNA = _plain(Tile(128, 128, 32, 8, 2, blocks=2), SwappedTile(64, 16, 64, 4, 2))
-FLOAT32 = _plain(Tile(64, 64, 32, 8, 2, blocks=2), SwappedTile(64, 16, 32, 4, 2))
+_AMPERE = _plain(Tile(128, 128, 32, 8, 3, blocks=2), Tile(128, 64, 32, 8, 3, blocks=2), SwappedTile(64, 16, 64, 4, 4))
+TABLE = {90: _HOPPER, 0: _AMPERE}
+CDNA = _plain(Tile(128, 128, 32, 8, 2, blocks=2), Tile(128, 64, 32, 8, 2, blocks=2), SwappedTile(64, 16, 64, 4, 2))
+FLOAT32 = _plain(Tile(64, 64, 16, 8, 2, blocks=2), Tile(64, 64, 16, 8, 2, blocks=2), SwappedTile(64, 16, 16, 4, 2))
 INTERPRETER = Device(
-    _plain(Tile(16, 32, 16, 4, 2), SwappedTile(16, 16, 16, 1, 2)).tiles,
+    _plain(Tile(16, 32, 16, 4, 2), Tile(16, 32, 16, 4, 2), SwappedTile(16, 16, 16, 1, 2)).tiles,
     Few(
         VectorTile(8, 16, 1),
         VectorTile(8, 16, 1),

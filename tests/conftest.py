@@ -1,4 +1,4 @@
-"""What every test begins with: Transformers warns, and each once-only warning is yet to be given."""
+"""What every test begins with: the same seed, and Transformers warns anew of what it says only once."""
 
 import os
 
@@ -15,3 +15,9 @@ def fresh_logging():
     """Undo what a script's `main`, run in this process by an earlier test, did to the verbosity."""
     logging.set_verbosity_warning()
     logging.warning_once.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def same_seed():
+    """Let every test draw the same numbers, whichever tests ran before it."""
+    torch.manual_seed(0)

@@ -197,7 +197,7 @@ def mixed(module, monkeypatch):
 
 FALLBACKS = [
     (parametrized, "its weights are parametrized, as adapters on whole expert tensors are"),
-    (subclassed, "the weights are "),
+    (subclassed, "a weight is a "),
     (on_the_cpu, "the weights are on cpu, and the kernels run on GPUs"),
     (without_triton, "Triton or a part of it is missing (No module named 'triton')"),
     (strided, "the weights are not contiguous"),
