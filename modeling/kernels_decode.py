@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels_gemm import activation_and_slope, dot_precision
-from .kernels_plan import make_plan, unpack
+from .kernels_gemm import activation_and_slope, dot_precision, load_columns
+from .kernels_plan import make_plan, most_tiles, tile_of, unpack
 
 try:  # inside `try`, or the Hub loader refuses the whole model where Triton is missing
     import triton
@@ -106,20 +106,14 @@ def _swapped_up_kernel(
     tile = tl.program_id(0) // ACROSS
     f = tl.program_id(0) % ACROSS * ROWS
     if tile < tl.load(tiles_ptr):
-        e = tl.load(tile_expert_ptr + tile)
-        row = tl.load(tile_row_ptr + tile)
-        end = tl.load(starts_ptr + e + 1)
+        e, row, end = tile_of(tile, tile_expert_ptr, tile_row_ptr, starts_ptr)
         rows = row + tl.arange(0, TOKENS)
         tokens = tl.load(order_ptr + tl.minimum(rows, end - 1)) // K
         x_rows = x_ptr + tokens.to(tl.int64)[:, None] * D
         gate = tl.zeros((ROWS, TOKENS), tl.float32)
         up = tl.zeros((ROWS, TOKENS), tl.float32)
         for k in tl.range(0, D, DEPTH, num_stages=STAGES):
-            c = k + tl.arange(0, DEPTH)
-            if D % DEPTH == 0:
-                x = tl.load(x_rows + c[None, :])
-            else:
-                x = tl.load(x_rows + c[None, :], mask=(c < D)[None, :], other=0.0)
+            x = load_columns(x_rows, k, D, DEPTH)
             gate = tl.dot(w_desc.load([e * (2 * F) + f, k]), x.T, gate, input_precision=PRECISION)
             up = tl.dot(w_desc.load([e * (2 * F) + F + f, k]), x.T, up, input_precision=PRECISION)
         y, _ = activation_and_slope(gate, ACT)
@@ -130,7 +124,7 @@ def _swapped_up_kernel(
 
 @triton.jit
 def _swapped_down_kernel(
-    a_ptr, w_desc, y_ptr, order_ptr, positions_ptr, weights_ptr, shared_ptr, out_ptr, done_ptr,
+    a_ptr, w_desc, y_ptr, positions_ptr, weights_ptr, shared_ptr, out_ptr, done_ptr,
     starts_ptr, tile_expert_ptr, tile_row_ptr, tiles_ptr, N, D: tl.constexpr, F: tl.constexpr, K: tl.constexpr,
     SHARED: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
     STAGES: tl.constexpr,
@@ -143,18 +137,12 @@ def _swapped_down_kernel(
     last = (tiles == 0) & (tile == 0)
     ds = column * ROWS + tl.arange(0, ROWS)
     if tile < tiles:
-        e = tl.load(tile_expert_ptr + tile)
-        row = tl.load(tile_row_ptr + tile)
-        end = tl.load(starts_ptr + e + 1)
+        e, row, end = tile_of(tile, tile_expert_ptr, tile_row_ptr, starts_ptr)
         rows = row + tl.arange(0, TOKENS)
         a_rows = a_ptr + tl.minimum(rows, end - 1).to(tl.int64)[:, None] * F
         acc = tl.zeros((ROWS, TOKENS), tl.float32)
         for k in tl.range(0, F, DEPTH, num_stages=STAGES):
-            c = k + tl.arange(0, DEPTH)
-            if F % DEPTH == 0:
-                a = tl.load(a_rows + c[None, :])
-            else:
-                a = tl.load(a_rows + c[None, :], mask=(c < F)[None, :], other=0.0)
+            a = load_columns(a_rows, k, F, DEPTH)
             acc = tl.dot(w_desc.load([e * D + column * ROWS, k]), a.T, acc, input_precision=PRECISION)
         at = y_ptr + rows.to(tl.int64)[None, :] * D + ds[:, None]
         tl.store(at, acc.to(y_ptr.dtype.element_ty), mask=(rows < end)[None, :] & (ds < D)[:, None])
@@ -205,7 +193,7 @@ def swapped_experts(
     E, D, F = down.shape
     M = N * K
     plan = unpack(make_plan(top_k_index, E, up_tile.tokens, kept=False), M, E)
-    most = M // up_tile.tokens + min(M, E)
+    most = most_tiles(M, E, up_tile.tokens)
     across = triton.cdiv(D, down_tile.rows)
     a, y, out = x.new_empty((M, F)), x.new_empty((M, D)), torch.empty_like(x)
     done = torch.zeros(across, dtype=torch.int32, device=x.device)
@@ -217,7 +205,7 @@ def swapped_experts(
         STAGES=up_tile.stages, num_warps=up_tile.warps,
     )  # fmt: skip
     _swapped_down_kernel[(most * across,)](
-        a, TensorDescriptor.from_tensor(down.view(-1, F), [down_tile.rows, down_tile.depth]), y, plan.order,
+        a, TensorDescriptor.from_tensor(down.view(-1, F), [down_tile.rows, down_tile.depth]), y,
         plan.positions, top_k_weights, shared, out, done, *tiles, N, D=D, F=F, K=K, SHARED=shared is not None,
         PRECISION=precision, ROWS=down_tile.rows, TOKENS=down_tile.tokens, DEPTH=down_tile.depth,
         STAGES=down_tile.stages, num_warps=down_tile.warps,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels_plan import Plan
+from .kernels_plan import Plan, tile_of
 
 try:  # inside `try`, or the Hub loader refuses the whole model where Triton is missing
     import triton
@@ -101,6 +101,16 @@ def _load_rows(
 
 
 @triton.jit
+def load_columns(rows, first, WIDTH: tl.constexpr, DEPTH: tl.constexpr):
+    """DEPTH columns from `first` on of rows that are WIDTH wide, from pointers [n, 1] to their beginnings."""
+    c = first + tl.arange(0, DEPTH)
+    if WIDTH % DEPTH == 0:
+        return tl.load(rows + c[None, :])
+    else:
+        return tl.load(rows + c[None, :], mask=(c < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
 def _rows_kernel(
     a_ptr, a_desc, w_desc, y_desc, y_ptr, h_ptr, bias_ptr,
     order_ptr, starts_ptr, tile_expert_ptr, tile_row_ptr, tiles_ptr,
@@ -122,20 +132,14 @@ def _rows_kernel(
         size = tl.minimum(count - first, GROUP)
         tile = first + t % (GROUP * ACROSS) % size
         column = t % (GROUP * ACROSS) // size * WIDE
-        e = tl.load(tile_expert_ptr + tile)
-        row = tl.load(tile_row_ptr + tile)
-        end = tl.load(starts_ptr + e + 1)
+        e, row, end = tile_of(tile, tile_expert_ptr, tile_row_ptr, starts_ptr)
         if GATHER:
             tokens = tl.load(order_ptr + tl.minimum(row + tl.arange(0, ROWS), end - 1)) // K
             a_rows = a_ptr + tokens.to(tl.int64)[:, None] * X
         acc = tl.zeros((ROWS, COLUMNS), tl.float32)
         for k in tl.range(0, X, DEPTH, num_stages=STAGES):
             if GATHER:
-                cols = k + tl.arange(0, DEPTH)
-                if X % DEPTH == 0:
-                    a = tl.load(a_rows + cols[None, :])
-                else:
-                    a = tl.load(a_rows + cols[None, :], mask=(cols < X)[None, :], other=0.0)
+                a = load_columns(a_rows, k, X, DEPTH)
             else:
                 a = a_desc.load([row, k])
             if TRANSPOSED:

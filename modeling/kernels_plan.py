@@ -40,36 +40,48 @@ class Plan(NamedTuple):
 
 def plan_size(M: int, E: int) -> int:
     """Length of the packed buffer of `M` rows and `E` experts."""
-    return 2 * _even(M) + _even(E + 2) + 2 * _even(_most_tiles(M, E))
+    return 2 * _even(M) + _even(E + 2) + 2 * _even(most_tiles(M, E, SMALLEST_TILE))
 
 
 def unpack(packed: Tensor, M: int, E: int) -> Plan:
     """The parts of a packed plan."""
-    starts, order, positions, expert, row = packed.split(
-        [_even(E + 2), _even(M), _even(M), _even(_most_tiles(M, E)), _even(_most_tiles(M, E))]
-    )
+    tiles = _even(most_tiles(M, E, SMALLEST_TILE))
+    starts, order, positions, expert, row = packed.split([_even(E + 2), _even(M), _even(M), tiles, tiles])
     return Plan(order[:M], positions[:M], starts[: E + 1], expert, row, starts[E + 1 : E + 2])
 
 
-def _most_tiles(M: int, E: int) -> int:
-    return M // SMALLEST_TILE + min(M, E)
+def most_tiles(M: int, E: int, tile_rows: int) -> int:
+    """Tiles of `tile_rows` rows that `M` rows over `E` experts can need."""
+    return M // tile_rows + min(M, E)
 
 
 def _even(length: int) -> int:
     return (length + 3) // 4 * 4  # parts begin at multiples of 16 bytes
 
 
+@triton.jit
+def tile_of(tile, tile_expert_ptr, tile_row_ptr, starts_ptr):
+    """Expert, first row and row behind the last one of a tile."""
+    e = tl.load(tile_expert_ptr + tile)
+    return e, tl.load(tile_row_ptr + tile), tl.load(starts_ptr + e + 1)
+
+
+@triton.jit
+def _histogram(ids_ptr, start, end, E, IDS: tl.constexpr, EP: tl.constexpr):
+    """How many of ids [start, end) each expert has. What lies outside [0, E), ids or lanes, counts for E."""
+    counts = tl.zeros((EP,), tl.int32)
+    for first in tl.range(start, end, IDS):
+        i = first + tl.arange(0, IDS)
+        ids = tl.load(ids_ptr + i, mask=i < end, other=E)
+        counts += tl.histogram(tl.where((ids >= 0) & (ids < E), ids, E).to(tl.int32), EP)
+    return counts
+
+
 @triton.jit(do_not_specialize=["M", "SPLIT"])
 def _count_kernel(ids_ptr, counts_ptr, M, E, SPLIT, IDS: tl.constexpr, EP: tl.constexpr):
-    """counts[s, e]: rows of expert e among ids [s * SPLIT, (s + 1) * SPLIT); E counts the sentinels."""
+    """counts[s, e]: rows of expert e among ids [s * SPLIT, (s + 1) * SPLIT); nobody reads that of E and above."""
     s = tl.program_id(0)
-    counts = tl.zeros((EP,), tl.int32)
-    for first in tl.range(s * SPLIT, tl.minimum((s + 1) * SPLIT, M), IDS):
-        i = first + tl.arange(0, IDS)
-        ids = tl.load(ids_ptr + i, mask=i < tl.minimum((s + 1) * SPLIT, M), other=E)
-        ids = tl.where((ids >= 0) & (ids < E), ids, E).to(tl.int32)
-        counts += tl.histogram(ids, EP)
-    # lanes outside the ids were counted as sentinels, which nobody reads
+    counts = _histogram(ids_ptr, s * SPLIT, tl.minimum((s + 1) * SPLIT, M), E, IDS, EP)
     tl.store(counts_ptr + s * EP + tl.arange(0, EP), counts)
 
 
@@ -98,10 +110,7 @@ def _place_kernel(
             totals += tl.sum(counts, axis=0)
             before += tl.sum(tl.where((split < s)[:, None], counts, 0), axis=0)
     else:
-        for first in tl.range(0, M, IDS):
-            i = first + tl.arange(0, IDS)
-            ids = tl.load(ids_ptr + i, mask=i < M, other=E)
-            totals += tl.histogram(tl.where((ids >= 0) & (ids < E), ids, E).to(tl.int32), EP)
+        totals += _histogram(ids_ptr, 0, M, E, IDS, EP)
     totals = tl.where(every < E, totals, 0)
     lower = every[None, :] < experts[:, None]
     same = every[None, :] == experts[:, None]

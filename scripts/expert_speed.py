@@ -29,12 +29,11 @@ COLD = 8
 class Layer:
     """One layer of experts with random weights, its tokens and routing, and everybody who can compute it."""
 
-    def __init__(self, shape: str, routing: str, device: str, dtype: torch.dtype, tokens: int | None = None):
-        """`routing` is uniform, or skewed: expert 0 gets half the rows. `tokens` replaces the shape's number."""
-        N, D, width, E, K = SHAPES[shape]
-        self.N, self.D, self.F, self.E, self.K = tokens or N, D, width, E, K
+    def __init__(self, shape: str, routing: str, device: str, dtype: torch.dtype):
+        """`routing` is uniform, or skewed: expert 0 gets half the rows."""
+        self.N, self.D, self.F, self.E, self.K = SHAPES[shape]
         self.device, self.dtype = device, dtype
-        self.experts = make_experts(D, width, E, K, device, dtype)
+        self.experts = make_experts(self.D, self.F, self.E, self.K, device, dtype)
         self.x, self.index, self.weights = self.draw(routing)
         self.dy = torch.randn_like(self.x)
 

@@ -21,3 +21,11 @@ def fresh_logging():
 def same_seed():
     """Let every test draw the same numbers, whichever tests ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def calls(monkeypatch) -> dict[str, int]:
+    """How often each of the kernels' two ways is taken."""
+    from tests.registry import count_calls
+
+    return count_calls(monkeypatch)

@@ -17,7 +17,6 @@ from tests.registry import (
     NATIVE,
     assert_same,
     close,
-    count_calls,
     experts_module,
     logits_and_gradients,
     native_tiny,
@@ -27,11 +26,6 @@ from tests.tiny import random_ids
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="in float32, by Triton's interpreter, on the CPU")
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    return count_calls(monkeypatch)
 
 
 @pytest.mark.parametrize("name", [*NATIVE, *FAMILIES])

@@ -16,7 +16,6 @@ from lamoe.moe import LamoeExperts
 from tests.registry import (
     assert_same,
     close,
-    count_calls,
     experts_module,
     logits_and_gradients,
     on_the_cpu,
@@ -29,11 +28,6 @@ from tests.tiny import random_ids
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="in float32, by Triton's interpreter, on the CPU")
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    return count_calls(monkeypatch)
 
 
 @pytest.fixture
