@@ -199,10 +199,12 @@ def _weight_gradient_kernel(
 
 @triton.jit
 def _act_gradient_kernel(
-    da_ptr, h_ptr, weights_ptr, order_ptr, starts_ptr, dh_ptr, a_ptr, dw_ptr, E,
+    da_ptr, h_ptr, weights_ptr, order_ptr, starts_ptr, dh_ptr, dw_ptr, E,
     F: tl.constexpr, ACT: tl.constexpr, SCALED: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of each row, from dA before its router weight w: dh [2, F], a = w * act(gate) * up if SCALED, dw = <dA, A>.
+    """Of each row, from dA before its router weight w: dh [2, F] and dw = <dA, A>.
+
+    If SCALED, w * act(gate) * up takes the place of dA.
 
     The PAD rows behind the last one become zeros: weight gradients read them.
     """
@@ -224,7 +226,7 @@ def _act_gradient_kernel(
             tl.store(dh_ptr + 2 * r * F + c, (da * u * slope).to(dh_ptr.dtype.element_ty), mask=c < F)
             tl.store(dh_ptr + (2 * r + 1) * F + c, (da * y).to(dh_ptr.dtype.element_ty), mask=c < F)
             if SCALED:
-                tl.store(a_ptr + r * F + c, (w * y * u).to(a_ptr.dtype.element_ty), mask=c < F)
+                tl.store(da_ptr + r * F + c, (w * y * u).to(da_ptr.dtype.element_ty), mask=c < F)
         tl.store(dw_ptr + flat, tl.sum(total).to(dw_ptr.dtype.element_ty))
     elif r < rows + PAD:
         zeros = tl.zeros((BLOCK,), dh_ptr.dtype.element_ty)
@@ -327,19 +329,19 @@ def weight_gradient(a: Tensor, b: Tensor, plan: Plan, E: int, into: Tensor | Non
 
 def act_gradient(
     da: Tensor, h: Tensor, top_k_weights: Tensor, plan: Plan, E: int, act: str, scaled: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dh [M, 2F], w * act(gate) * up [M, F] if `scaled` (else [0]), and the gradient [N, K] of the router weights.
+) -> tuple[Tensor, Tensor]:
+    """dh [M, 2F], and the gradient [N, K] of the router weights; sentinels get zero.
 
-    `da` [M, F] is the gradient of act(gate) * up before the router weight; sentinels get zero.
+    `da` [M, F] is the gradient of act(gate) * up before the router weight; if `scaled`, it is overwritten with
+    w * act(gate) * up.
     """
     M, F = da.shape
     dh = torch.empty_like(h)
-    a = da.new_empty((M, F) if scaled else (0,))
     dw = torch.zeros_like(top_k_weights)
     if M:
         block = min(triton.next_power_of_2(F), 512)
         _act_gradient_kernel[(M,)](
-            da, h, top_k_weights, plan.order, plan.starts, dh, a, dw, E,
+            da, h, top_k_weights, plan.order, plan.starts, dh, dw, E,
             F=F, ACT=act, SCALED=scaled, PAD=PAD, BLOCK=block, num_warps=2,
         )  # fmt: skip
-    return dh, a, dw
+    return dh, dw

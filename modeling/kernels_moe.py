@@ -92,13 +92,18 @@ def _experts_backward(
         h = gated_rows(x, gate_up, plan, K, act, True, tiles.up_saving)[1]
     dx = torch.empty_like(x) if need_x else x.new_empty(0)
     d_gate_up = d_down = None
-    da = plain_rows(dy, down, plan, K, tiles.down, gather=True, transposed=True)
-    dh, a, dw = act_gradient(da, h, top_k_weights, plan, E, act, need_down)
-    del da, h
-    rows = x.new_empty((M, D))  # every token of every row, for one weight gradient and then the other
+    rows = x.new_empty((M, D))  # in turn: each row's output gradient, its token, its token's gradient
     if need_down:
-        d_down = weight_gradient(pack(dy, plan, E, K, PAD, rows), a, plan, E, down_into, tiles.dw)
-    del a
+        # the weight gradient needs them packed, and from then on the copy engine fetches them faster than a gather
+        pack(dy, plan, E, K, PAD, rows)
+        da = plain_rows(rows, down, plan, K, tiles.da, gather=False, transposed=True)
+    else:
+        da = plain_rows(dy, down, plan, K, tiles.down, gather=True, transposed=True)
+    dh, dw = act_gradient(da, h, top_k_weights, plan, E, act, need_down)
+    del h
+    if need_down:
+        d_down = weight_gradient(rows, da, plan, E, down_into, tiles.dw)
+    del da
     if need_gate_up:
         d_gate_up = weight_gradient(dh, pack(x, plan, E, K, PAD, rows), plan, E, gate_up_into, tiles.dw)
     if need_x:

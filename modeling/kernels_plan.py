@@ -85,11 +85,25 @@ def _count_kernel(ids_ptr, counts_ptr, M, E, SPLIT, IDS: tl.constexpr, EP: tl.co
     tl.store(counts_ptr + s * EP + tl.arange(0, EP), counts)
 
 
-@triton.jit(do_not_specialize=["M", "SPLIT", "SPLITS", "TILE"])
+@triton.jit(do_not_specialize=["SPLITS"])
+def _scan_kernel(counts_ptr, totals_ptr, SPLITS, AT_ONCE: tl.constexpr, EP: tl.constexpr, GROUP: tl.constexpr):
+    """counts[s, e] becomes the sum over the splits before s, and totals[e] that over all; of GROUP experts."""
+    e = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
+    total = tl.zeros((GROUP,), tl.int32)
+    for first in tl.range(0, SPLITS, AT_ONCE):
+        split = first + tl.arange(0, AT_ONCE)
+        at = counts_ptr + split[:, None] * EP + e[None, :]
+        live = (split < SPLITS)[:, None]
+        counts = tl.load(at, mask=live, other=0)
+        tl.store(at, total[None, :] + tl.cumsum(counts, axis=0) - counts, mask=live)
+        total += tl.sum(counts, axis=0)
+    tl.store(totals_ptr + e, total)
+
+
+@triton.jit(do_not_specialize=["M", "SPLIT", "TILE"])
 def _place_kernel(
-    ids_ptr, counts_ptr, order_ptr, positions_ptr, starts_ptr, tile_expert_ptr, tile_row_ptr,
-    M, E, SPLIT, SPLITS, TILE, COUNTED: tl.constexpr, AT_ONCE: tl.constexpr, IDS: tl.constexpr, EP: tl.constexpr,
-    GROUP: tl.constexpr,
+    ids_ptr, counts_ptr, totals_ptr, order_ptr, positions_ptr, starts_ptr, tile_expert_ptr, tile_row_ptr,
+    M, E, SPLIT, TILE, COUNTED: tl.constexpr, IDS: tl.constexpr, EP: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Place the rows of GROUP experts that lie in one split; the first split also writes starts and tiles.
 
@@ -100,17 +114,10 @@ def _place_kernel(
     s = tl.program_id(1)
     experts = e0 + tl.arange(0, GROUP)
     every = tl.arange(0, EP)
-    totals = tl.zeros((EP,), tl.int32)
-    before = tl.zeros((EP,), tl.int32)
     if COUNTED:
-        for first in tl.range(0, SPLITS, AT_ONCE):
-            split = first + tl.arange(0, AT_ONCE)
-            at = counts_ptr + split[:, None] * EP + every[None, :]
-            counts = tl.load(at, mask=(split < SPLITS)[:, None], other=0)
-            totals += tl.sum(counts, axis=0)
-            before += tl.sum(tl.where((split < s)[:, None], counts, 0), axis=0)
+        totals = tl.load(totals_ptr + every)
     else:
-        totals += _histogram(ids_ptr, 0, M, E, IDS, EP)
+        totals = _histogram(ids_ptr, 0, M, E, IDS, EP)
     totals = tl.where(every < E, totals, 0)
     lower = every[None, :] < experts[:, None]
     same = every[None, :] == experts[:, None]
@@ -128,7 +135,9 @@ def _place_kernel(
             tl.store(tile_row_ptr + tile + j, start + j * TILE, mask=j < tiles)
     one = tl.arange(0, IDS)
     precede = (one[None, :] < one[:, None]).to(tl.float16)
-    next_row = start + tl.sum(tl.where(same, before[None, :], 0), axis=1)
+    next_row = start
+    if COUNTED:
+        next_row += tl.load(counts_ptr + s * EP + experts, mask=experts < EP, other=0)
     for first in tl.range(s * SPLIT, tl.minimum((s + 1) * SPLIT, M), IDS):
         i = first + tl.arange(0, IDS)
         live = i < tl.minimum((s + 1) * SPLIT, M)
@@ -232,13 +241,13 @@ def make_plan(top_k_index: Tensor, E: int, tile_rows: int, *, kept: bool) -> Ten
     splits = 0 if M <= _FEW_IDS else min(256, triton.cdiv(M, 2 * _IDS))
     split = triton.cdiv(triton.cdiv(M, max(splits, 1)), _IDS) * _IDS
     group = 16 if splits < 32 else max(16, min(64, 4096 // EP))
-    counts = packed.new_empty((splits, EP))
+    counts, totals = packed.new_empty((splits, EP)), packed.new_empty(EP)
     if splits:
         _count_kernel[(splits,)](top_k_index, counts, M, E, split, IDS=_IDS, EP=EP)
+        _scan_kernel[(triton.cdiv(EP, 16),)](counts, totals, splits, AT_ONCE=128, EP=EP, GROUP=min(16, EP))
     _place_kernel[(triton.cdiv(E, group), max(splits, 1))](
-        top_k_index, counts, plan.order, plan.positions, plan.starts, plan.tile_expert, plan.tile_row,
-        M, E, split, splits, tile_rows, COUNTED=splits > 0, AT_ONCE=max(1, 4096 // EP), IDS=_IDS, EP=EP, GROUP=group,
-        num_warps=4 if splits else 8,
+        top_k_index, counts, totals, plan.order, plan.positions, plan.starts, plan.tile_expert, plan.tile_row,
+        M, E, split, tile_rows, COUNTED=splits > 0, IDS=_IDS, EP=EP, GROUP=group, num_warps=8,
     )  # fmt: skip
     return packed
 

@@ -18,7 +18,8 @@ class Tiles(NamedTuple):
 
     up: Tile  # gathered, gated, without the pre-activation
     up_saving: Tile
-    down: Tile  # also dA, gathered
+    down: Tile  # also dA, where it is gathered
+    da: Tile
     dx: Tile
     dw: Tile
 
@@ -42,36 +43,37 @@ class Few(NamedTuple):
 
 
 class Device(NamedTuple):
-    """`tiles`: (rows an expert from which on, tiles), most rows first."""
+    """`tiles`: (rows an expert and hidden width from which on, tiles), most rows first, then the widest.
 
-    tiles: tuple[tuple[int, Tiles], ...]
+    Tiles of the same rows an expert have the same number of rows.
+    """
+
+    tiles: tuple[tuple[int, int, Tiles], ...]
     few: Few
 
 
 _VECTOR = Few(VectorTile(2, 1024, 4), VectorTile(8, 512, 4), VectorTile(2, 512, 2), ())
+_MANY = Tiles(
+    up=Tile(128, 256, 64, 8, 3, group=16, flatten=True),
+    up_saving=Tile(128, 256, 64, 8, 4, group=16),
+    down=Tile(128, 256, 64, 8, 3, flatten=True),
+    da=Tile(128, 256, 64, 8, 3, flatten=True),
+    dx=Tile(128, 256, 64, 8, 3, flatten=True),
+    dw=Tile(128, 256, 64, 8, 3),
+)
+_MANY_WIDE = _MANY._replace(
+    up=Tile(128, 256, 64, 8, 3, group=32), up_saving=Tile(128, 256, 64, 8, 3, group=32, flatten=True)
+)
+_SOME = Tiles(
+    up=Tile(64, 256, 64, 4, 4, group=32),
+    up_saving=Tile(64, 128, 64, 4, 4, blocks=2),
+    down=Tile(64, 256, 64, 4, 4, group=32),
+    da=Tile(64, 256, 64, 4, 4, group=32),
+    dx=Tile(64, 256, 64, 4, 4, group=32),
+    dw=Tile(128, 128, 64, 4, 3),
+)
 _HOPPER = Device(
-    (
-        (
-            96,
-            Tiles(
-                up=Tile(128, 256, 64, 8, 3),
-                up_saving=Tile(128, 256, 64, 8, 3),
-                down=Tile(128, 256, 64, 8, 3, flatten=True),
-                dx=Tile(128, 256, 64, 8, 3, flatten=True),
-                dw=Tile(128, 256, 64, 8, 3),
-            ),
-        ),
-        (
-            0,
-            Tiles(
-                up=Tile(64, 256, 64, 4, 4, group=32),
-                up_saving=Tile(64, 128, 64, 4, 4, blocks=2),
-                down=Tile(64, 256, 64, 4, 4, group=32),
-                dx=Tile(64, 256, 64, 4, 4, group=32),
-                dw=Tile(128, 128, 64, 4, 3),
-            ),
-        ),
-    ),
+    ((96, 4096, _MANY_WIDE), (96, 0, _MANY), (0, 0, _SOME)),
     _VECTOR._replace(
         swapped=(
             Swapped(8, 0, SwappedTile(64, 16, 128, 4, 3), SwappedTile(128, 16, 128, 4, 3)),
@@ -83,7 +85,7 @@ _HOPPER = Device(
 
 def _plain(tile: Tile, dw: Tile, swapped: SwappedTile) -> Device:
     few = _VECTOR._replace(swapped=(Swapped(8, 0, swapped, swapped),))
-    return Device(((0, Tiles(tile, tile, tile, tile, dw)),), few)
+    return Device(((0, 0, Tiles(tile, tile, tile, tile, tile, dw)),), few)
 
 
 # by the oldest compute capability that a row is for; measured on 90 only
@@ -104,12 +106,13 @@ INTERPRETER = Device(
 
 def tiles_for(x: Tensor, M: int, E: int) -> Tiles:
     """The tiles of `M` rows over `E` experts, of x's device and dtype."""
-    return next(tiles for rows, tiles in _device(x).tiles if rows * E <= M)
+    D = x.shape[1]
+    return next(tiles for rows, wide, tiles in _device(x).tiles if rows * E <= M and wide <= D)
 
 
 def invariant_tiles(x: Tensor) -> Tiles:
     """Tiles that do not depend on the number of rows."""
-    return _device(x).tiles[-1][1]
+    return _device(x).tiles[-1][2]
 
 
 def few_rows(

@@ -157,12 +157,12 @@ def compile_all(name: str):
         for way in few.swapped if dtype == torch.bfloat16 else few.swapped[:1]:
             D, F = (2048, 1408) if way.size == 0 else (4096, 8192)
             experts(dtype, way.rows * E // K, D=D, F=F)
-        for rows, _ in classes[:1] if name == "sm_100" else classes:
-            context["case"] = f"from {rows} rows an expert"
-            N = max(rows, few.swapped[-1].rows + 8) * E // K
+        for rows, wide, _ in classes[:1] if name == "sm_100" else classes:
+            context["case"] = f"from {rows} rows an expert, {wide} wide"
+            N, D = max(rows, few.swapped[-1].rows + 8) * E // K, max(wide, 2048)
             if dtype == torch.bfloat16:
-                experts(dtype, N)
-            experts(dtype, N, train=True, accumulate=rows > 0)
+                experts(dtype, N, D=D)
+            experts(dtype, N, D=D, train=True, accumulate=rows > 0)
     context.update(dtype="bfloat16", case="grouped rows")
     grouped(torch.bfloat16)
     context.update(dtype="bfloat16", case="a wide row")

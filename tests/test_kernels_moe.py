@@ -193,9 +193,9 @@ def test_what_a_weight_gradient_may_read_behind_the_last_row_is_zero(monkeypatch
     monkeypatch.setattr(kernels_gemm, "PAD", 5)
     poison(monkeypatch)
     da, h, weights = (torch.ones(12, width, device=DEVICE) for width in (4, 8, 1))
-    dh, a, dw = kernels_gemm.act_gradient(da, h, weights, plan, 2, "relu", True)
+    dh, dw = kernels_gemm.act_gradient(da, h, weights, plan, 2, "relu", True)
     assert (dh[:3] == 1).all() and not dh[3:8].any() and dh[8:].isnan().all()
-    assert (a[:3] == 1).all() and torch.equal(dw, (index == 1) * 4.0)
+    assert (da[:3] == 1).all() and torch.equal(dw, (index == 1) * 4.0)
 
 
 def test_runs_are_equal_bit_for_bit():
@@ -447,12 +447,17 @@ def test_weights_of_another_kind_are_refused():
 def test_the_tables_hold_together():
     devices = [*kernels_tiles.TABLE.values(), kernels_tiles.CDNA, kernels_tiles.FLOAT32, kernels_tiles.INTERPRETER]
     for classes, few in devices:
-        assert [least for least, _ in classes] == sorted((least for least, _ in classes), reverse=True)
+        assert [key for *key, _ in classes] == sorted((key for *key, _ in classes), reverse=True)
+        for rows in {rows for rows, *_ in classes}:
+            same = [(wide, tiles) for least, wide, tiles in classes if least == rows]
+            assert same[-1][0] == 0 and len({tiles.up.rows for _, tiles in same}) == 1, (
+                "rows and tokens share one plan"
+            )
         assert classes[-1][0] == 0
         for way in few.swapped:
             assert way.up.tokens == way.down.tokens >= SMALLEST_TILE
-        for _, tiles in classes:
-            assert len({tile.rows for tile in tiles[:4]}) == 1, "products of rows share one plan"
+        for *_, tiles in classes:
+            assert len({tile.rows for tile in tiles[:5]}) == 1, "products of rows share one plan"
             assert tiles.up.rows >= SMALLEST_TILE
             assert tiles.dw.depth <= ROWS_BEHIND, "a weight gradient reads at most PAD rows behind an expert's last"
 
