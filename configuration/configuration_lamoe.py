@@ -117,7 +117,8 @@ class LamoeConfig(PreTrainedConfig):
             output for few; "expanded" and "absorbed" force one form. The results are equal to float rounding.
         mla_absorb_max_tokens: the most new tokens that "auto" absorbs; None takes C(P+V)/(2C-P-V), the number of
             tokens below which the absorbed form costs less.
-        mla_implementation: who computes the absorbed form: "auto" (the best there is here) or "eager" (PyTorch).
+        mla_implementation: who computes the absorbed form: "auto" (the best there is here), "triton" (the kernel, or
+            an error that says why not) or "eager" (PyTorch).
         skip_logits: in training with labels, compute the loss without holding [tokens, vocabulary] logits; the
             output's `logits` are then None. `forward(skip_logits=...)` overrides it.
 
@@ -326,7 +327,7 @@ class LamoeConfig(PreTrainedConfig):
         _one_of("router_nonfinite", self.router_nonfinite, ("raise", "zero", "ignore"))
         _one_of("router_implementation", self.router_implementation, ("auto", "eager", "triton"))
         _one_of("mla_form", self.mla_form, ("auto", "expanded", "absorbed"))
-        _one_of("mla_implementation", self.mla_implementation, ("auto", "eager"))
+        _one_of("mla_implementation", self.mla_implementation, ("auto", "eager", "triton"))
 
     def validate_attention(self):
         """Refuse widths that no latent attention can have."""

@@ -10,6 +10,7 @@ query-key head, V value width. What is cached is the normalised latent c [B, 1, 
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -194,6 +195,83 @@ def absorbed_attention(
     return (out / mass).to(q_BHTC.dtype), None
 
 
+class DecodeView(NamedTuple):
+    """What the decode kernel has to know of a step, the same for all layers.
+
+    lengths: [B] int32, keys of each sequence with the new ones; seen: [B, S] boolean, or None if all of them are seen.
+    Of a paged cache: slots, flat, of all keys of one sequence after the other, where each sequence `starts` [B] in
+    them, and the most keys that one has.
+    """
+
+    lengths: Tensor
+    seen: Tensor | None
+    slots: Tensor | None = None
+    starts: Tensor | None = None
+    longest: int = 0
+
+
+def decode_view(config, x_BTD: Tensor, mask: Tensor | None, past, form: str | None, kwargs: dict) -> DecodeView | None:
+    """The view of this step if the Triton kernel runs it, else None.
+
+    Args:
+        mask: as the model got it: None, [B, S] with 0 at padding, or [B, 1, T, S] with True at what is seen.
+        past: the cache before the step; None without one, or with a paged one in `kwargs`.
+
+    Raises:
+        ValueError: config.mla_implementation is "triton" and the kernel does not run here; the message says why.
+    """
+    form, implementation, pages = form or config.mla_form, config.mla_implementation, kwargs.get("cache")
+    if implementation == "eager" or form == "expanded" or (past is None and pages is None) or torch.is_grad_enabled():
+        return None
+    if implementation == "auto" and not x_BTD.is_cuda:
+        return None
+    try:
+        from .kernels_attention import MOST_TOKENS, why_not
+    except ImportError as error:
+        if implementation == "triton":
+            raise ValueError(str(error)) from error
+        return None
+    B, T, _ = x_BTD.shape
+    reason = why_not(1, config.kv_lora_rank, config.qk_rope_head_dim, x_BTD.dtype, x_BTD.device)
+    if reason:
+        if implementation == "triton":
+            raise ValueError(f"The latent decode kernel does not run here: {reason}; use mla_implementation='eager'.")
+        return None
+    if kwargs.get("output_attentions", config.output_attentions):
+        return None
+    if pages is not None:
+        return _paged_view(kwargs, T)
+    if kwargs.get("is_causal") is False:
+        return None
+    if min(MOST_TOKENS, config.absorb_limit) < T or not isinstance(mask, Tensor | None):
+        return None
+    cached = past.get_seq_length()
+    if isinstance(cached, int) and cached == 0 and form == "auto":
+        return None
+    seen = None
+    if mask is not None:
+        if mask.dim() == 2 and (isinstance(cached, Tensor) or mask.shape[1] == cached + T):
+            seen = mask.bool()
+        elif mask.dim() == 4 and T == 1 and mask.dtype == torch.bool:
+            seen = mask[:, 0, 0].expand(B, -1)
+        else:
+            return None
+    if isinstance(cached, Tensor):
+        return DecodeView((cached + T).to(torch.int32).repeat(B), seen)
+    return DecodeView(torch.full((B,), cached + T, dtype=torch.int32, device=x_BTD.device), seen)
+
+
+def _paged_view(kwargs: dict, T: int) -> DecodeView | None:
+    """Of a batch in which every request has one new token; Transformers' manager says so by `max_length_q`."""
+    slots, ends, longest = kwargs.get("read_index"), kwargs.get("cu_seq_lens_k"), kwargs.get("max_length_k")
+    if kwargs.get("max_length_q") != 1 or kwargs.get("block_table") is not None or not slots or len(slots) != 1:
+        return None
+    ends, longest = ends["full_attention"], longest["full_attention"]
+    if len(ends) != T + 1 or not slots[0].numel():
+        return None
+    return DecodeView((ends[1:] - ends[:-1]).to(torch.int32), None, slots[0], ends[:-1], longest)
+
+
 class LamoeAttention(nn.Module):
     """Latent attention of one decoder layer, with DeepSeek's parameter names."""
 
@@ -229,6 +307,7 @@ class LamoeAttention(nn.Module):
         attention_mask: Tensor | None = None,
         past_key_values=None,
         mla_form: str | None = None,
+        view: DecodeView | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend from `hidden_states` [B, T, D] over the cache and itself: ([B, T, D], weights or None).
@@ -238,6 +317,7 @@ class LamoeAttention(nn.Module):
             attention_mask: as the attention implementation of the configuration wants it.
             past_key_values: a Transformers cache; or None, with a paged cache as the keyword `cache`.
             mla_form: overrides `config.mla_form`.
+            view: lets the Triton kernel do it, whatever the mask; None is for the other forms.
         """
         q_BHTP, q_BHTR = self._queries(hidden_states).split(self.query_widths, dim=-1)
         c, k = self.kv_a_proj_with_mqa(hidden_states).split(self.latent_widths, dim=-1)
@@ -246,10 +326,15 @@ class LamoeAttention(nn.Module):
         q_BHTR, k = rotate_pairs(both, *position_embeddings, self.config.rope_interleave).tensor_split([-1], dim=1)
 
         pages = kwargs.pop("cache", None)
+        if pages is not None and view is not None:
+            first, second = self._write_pages(c, k, pages, kwargs)
+            return self.o_proj(self._decode(q_BHTP, q_BHTR, first, second, view, paged=True)), None
         if pages is not None:
             c, k = self._update_pages(c, k, pages, kwargs)
         elif past_key_values is not None:
             c, k = past_key_values.update(c, k, self.layer_idx)
+        if view is not None:
+            return self.o_proj(self._decode(q_BHTP, q_BHTR, c.squeeze(1), k.squeeze(1), view)), None
 
         weight = self._absorbable(mla_form or self.config.mla_form, hidden_states, c, attention_mask, pages)
         if weight is None:
@@ -266,13 +351,53 @@ class LamoeAttention(nn.Module):
         return queries.unflatten(-1, (-1, sum(self.query_widths))).transpose(1, 2)  # heads are fewer under TP
 
     def _update_pages(self, c: Tensor, k: Tensor, pages, kwargs) -> tuple[Tensor, Tensor]:
-        """Continuous batching: half of [c; k] lies in the pages' key slots, half in their value slots."""
-        latent = torch.cat((c, k), dim=-1)
-        latent = F.pad(latent, (0, latent.shape[-1] % 2))
-        first, second = latent.chunk(2, dim=-1)
-        first, second = pages.update(first, second, self.layer_idx, kwargs)
+        """Continuous batching: a half of c and of k lies in the pages' key slots, the others in their value slots."""
+        first, second = pages.update(*self._halves(c, k), self.layer_idx, kwargs)
         latent = torch.cat((first, second), dim=-1)
-        return latent[..., : self.kv_lora_rank], latent[..., self.kv_lora_rank : sum(self.latent_widths)]
+        c0, k0, c1, k1, _ = latent.split(self._half_widths(latent.shape[-1]), dim=-1)
+        return torch.cat((c0, c1), dim=-1), torch.cat((k0, k1), dim=-1)
+
+    def _write_pages(self, c: Tensor, k: Tensor, pages, kwargs) -> tuple[Tensor, Tensor]:
+        """Write c and k [1, 1, N, ...] without reading anything back: key slots and value slots [slots, ...]."""
+        allocator = pages.layer_to_allocator[self.layer_idx]
+        written = kwargs["write_index"][allocator.index]
+        slots = [cache.flatten(0, 1).squeeze(1) for cache in allocator.get_cache_for_block_table(self.layer_idx)]
+        for cache, half in zip(slots, self._halves(c, k), strict=True):
+            cache.index_copy_(0, written, half[0, 0])
+        return slots[0], slots[1]
+
+    def _halves(self, c: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        (c0, c1), (k0, k1) = (x.split((x.shape[-1] // 2, x.shape[-1] - x.shape[-1] // 2), dim=-1) for x in (c, k))
+        latent = torch.cat((c0, k0, c1, k1), dim=-1)
+        first, second = F.pad(latent, (0, latent.shape[-1] % 2)).chunk(2, dim=-1)
+        return first, second
+
+    def _half_widths(self, total: int) -> list[int]:
+        C, R = self.latent_widths
+        return [C // 2, R // 2, C - C // 2, R - R // 2, total - C - R]
+
+    def _decode(self, q_BHTP: Tensor, q_BHTR: Tensor, c: Tensor, k: Tensor, view: DecodeView, paged=False) -> Tensor:
+        """[B, T, H V] by the Triton kernel. c, k: latents and rotated keys [B, S, ...]; or a paged cache's two slots.
+
+        Heads come first, so that W_UK and W_UV, strided views of kv_b_proj's weight, are read in place.
+        """
+        from .kernels_attention import latent_decode, latent_decode_pages
+
+        B, H, T, _ = q_BHTP.shape
+        weight = self.kv_b_proj.weight.to(q_BHTP.dtype).view(H, sum(self.expanded_widths), self.kv_lora_rank)
+        up_key_HPC, up_value_HVC = weight.split(self.expanded_widths, dim=1)
+        rows_HXP = q_BHTP.transpose(0, 1).reshape(H, B * T, -1)
+        q_HBTC, r_HBTR = torch.bmm(rows_HXP, up_key_HPC).view(H, B, T, -1), q_BHTR.transpose(0, 1)
+        if paged:  # one row of requests, each with one token
+            q_HBTC, r_HBTR = q_HBTC.transpose(1, 2), r_HBTR.transpose(1, 2)
+            out, _ = latent_decode_pages(
+                q_HBTC, r_HBTR, c, k, view.slots, 1, view.lengths, starts_B=view.starts, longest=view.longest,
+                scaling=self.scaling,
+            )  # fmt: skip
+        else:
+            out, _ = latent_decode(q_HBTC, r_HBTR, c, k, view.lengths, view.seen, scaling=self.scaling)
+        out_HXV = torch.bmm(out.view(H, B * T, -1), up_value_HVC.mT)
+        return out_HXV.view(H, B, T, -1).permute(1, 2, 0, 3).flatten(2)
 
     def _expanded(self, q_BHTP, q_BHTR, c, k, attention_mask, kwargs) -> tuple[Tensor, Tensor | None]:
         expanded = self.kv_b_proj(c.squeeze(1)).unflatten(-1, (-1, sum(self.expanded_widths))).transpose(1, 2)

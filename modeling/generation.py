@@ -5,7 +5,10 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import torch
+from transformers.cache_utils import DynamicCache
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+from .cache import GrowingCache
 
 MANY_ROWS = 20  # chosen experts a step, from which copying their weights costs more than grouped_mm's launches
 
@@ -48,6 +51,13 @@ class LamoeGenerationMixin:
         if fast and not self._launch_bound and torch.cuda.get_device_capability(self.device) >= (8, 0):
             return nullcontext()
         return super()._optimize_model_for_decode()
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        """Transformers' choice of a cache; its default one grows in place."""
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if type(cache) is DynamicCache and not cache.offloading and not any(x.is_initialized for x in cache.layers):
+            model_kwargs["past_key_values"] = GrowingCache(config=self.config)
 
     def init_continuous_batching(self, generation_config=None, continuous_batching_config=None, workload_hints=None):
         """Transformers' manager, with pages as wide as the latent and without the flash kernels' own page tables.

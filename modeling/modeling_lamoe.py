@@ -9,7 +9,7 @@ from typing import Unpack
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.generation import GenerationMixin
@@ -25,7 +25,8 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention import LamoeAttention, LamoeRMSNorm, LamoeRotaryEmbedding, unreadable_weight
+from .attention import LamoeAttention, LamoeRMSNorm, LamoeRotaryEmbedding, decode_view, unreadable_weight
+from .cache import GrowingCache
 from .configuration_lamoe import LamoeConfig
 from .experts import default_implementation
 from .generation import LamoeGenerationMixin
@@ -245,15 +246,20 @@ class LamoeModel(LamoePreTrainedModel):
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(T, device=inputs_embeds.device) + seen).unsqueeze(0)
 
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=packed_ids,
-        )
+        view = decode_view(self.config, inputs_embeds, attention_mask, past_key_values, mla_form, kwargs)
+        if view is not None and not self._decodes(inputs_embeds):
+            view = None
+        causal_mask = None
+        if view is None:
+            causal_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=packed_ids,
+            )
         if use_cache and past_key_values is None:  # not before: with any cache the mask ignores packing
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = GrowingCache(config=self.config)
         token_mask = None
         if self.training and attention_mask is not None and attention_mask.dim() == 2:
             token_mask = attention_mask[:, -T:].bool()
@@ -270,10 +276,15 @@ class LamoeModel(LamoePreTrainedModel):
                 past_key_values=past_key_values,
                 use_cache=use_cache,
                 mla_form=mla_form,
+                view=view,
                 **kwargs,
             )
         self._refuse_nonfinite()
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _decodes(self, x: Tensor) -> bool:
+        """Whether every layer's kv_b_proj can be absorbed; where one cannot, a mask is needed."""
+        return not any(unreadable_weight(layer.self_attn.kv_b_proj, x) for layer in self.layers)
 
     def _warn_of_float16(self, x: Tensor):
         if not self.training or x.is_meta or torch.compiler.is_compiling():

@@ -67,7 +67,7 @@ REFUSED = {
     "mla_form": ({"mla_form": "wide"}, "mla_form='wide' is not one of 'auto', 'expanded', 'absorbed'."),
     "mla_implementation": (
         {"mla_implementation": "cuda"},
-        "mla_implementation='cuda' is not one of 'auto', 'eager'.",
+        "mla_implementation='cuda' is not one of 'auto', 'eager', 'triton'.",
     ),
     "odd rotary width": (
         {"qk_rope_head_dim": 7},

@@ -20,7 +20,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted(path.stem for path in (ROOT / "modeling").glob("kernels_*.py"))
 SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # that one block can have
-PRODUCTS = ("_rows_kernel", "_weight_gradient_kernel", "_swapped_up_kernel", "_swapped_down_kernel")
+# bytes of stack: 64 rows of sums of 512 columns are all the registers that 8 warps have
+SPILLS = {"_decode_kernel": 480}
+PRODUCTS = ("_decode_kernel", "_rows_kernel", "_weight_gradient_kernel", "_swapped_up_kernel", "_swapped_down_kernel")
 
 
 def launched_kernels() -> set[str]:
@@ -47,7 +49,7 @@ def test_every_kernel_compiles_and_fits(target, tmp_path):
     assert run.returncode == 0, run.stderr[-4000:]
     compiled = [json.loads(line) for line in run.stdout.splitlines()]
     assert {kernel["name"] for kernel in compiled} == launched_kernels()
-    spilling = [kernel for kernel in compiled if kernel["spills"]]
+    spilling = [kernel for kernel in compiled if kernel["spills"] > SPILLS.get(kernel["name"], 0)]
     too_big = [kernel for kernel in compiled if kernel["shared"] > 1024 * SHARED_KIB[target]]
     assert not spilling and not too_big, "\n".join(map(str, [*spilling, *too_big]))
     if target == "sm_90":
@@ -169,6 +171,44 @@ def compile_all(name: str):
     experts(torch.bfloat16, 1, D=4096)
     context.update(dtype="int64", case="256 experts")
     modules["kernels_plan"].make_plan(torch.zeros(8192, 8, dtype=torch.int64), 256, 128, kept=False)
+
+    attention = modules["kernels_attention"]
+
+    def latent_tiles(x):
+        if x.dtype == torch.float32:
+            return attention.FLOAT32
+        return attention.CDNA if hip else attention.TABLE[max(key for key in attention.TABLE if key <= target.arch)]
+
+    attention._device, attention._INTERPRETED = latent_tiles, True  # the latter lets CPU tensors through
+
+    def decode(dtype, heads, B, *, T=1, C=512, R=64, S=4096, page=None, seen=False):
+        context["case"] = f"{heads} heads, batch {B}, {T} new tokens, widths {C} and {R}, page {page}"
+        q, r = torch.empty(heads, B, T, C, dtype=dtype), torch.empty(heads, B, T, R, dtype=dtype)
+        lengths = torch.zeros(B, dtype=torch.int32)
+        if page is None:
+            c, k = torch.empty(B, S, C, dtype=dtype), torch.empty(B, S, R, dtype=dtype)
+            mask = torch.ones(B, S, dtype=torch.bool) if seen else None
+            attention.latent_decode(q, r, c, k, lengths, mask, scaling=1.0)
+        else:
+            slots, table = torch.empty(B * S, (C + R) // 2, dtype=dtype), torch.zeros(B * S // page, dtype=torch.int64)
+            starts = lengths if page == 1 else None
+            table = table if page == 1 else table.view(B, -1).int()
+            attention.latent_decode_pages(
+                q, r, slots, slots, table, page, lengths, scaling=1.0, starts_B=starts, longest=S
+            )
+
+    for dtype in (torch.bfloat16, torch.float32):
+        context["dtype"] = str(dtype)[6:]
+        decode(dtype, 16, 8)
+        decode(dtype, 128, 8)
+        decode(dtype, 16, 200, seen=True)
+        decode(dtype, 16, 8, page=1)
+    context["dtype"] = "bfloat16"
+    decode(torch.bfloat16, 20, 8)
+    decode(torch.bfloat16, 24, 200)
+    decode(torch.bfloat16, 16, 8, page=64)
+    decode(torch.bfloat16, 64, 8, page=64)
+    decode(torch.bfloat16, 16, 1, T=8, C=128, R=0)
 
     if "kernels_router" in modules:
         router = modules["kernels_router"]

@@ -1,0 +1,440 @@
+"""Decode over latents in Triton: attention of a few new tokens' latent queries over a cache that all heads share.
+
+Letters: B batch, H heads, T new tokens, S slots a sequence may have, C latent rank, R rotary width. The eager form,
+which defines the result, is attention.absorbed_attention. A latent tile is loaded once, for all H * T rows of queries,
+and is key and value at once. The keys of a sequence are split among programs, each keeps the log-sum-exp of its share,
+and a second launch merges them. Grids depend on shapes alone, so that CUDA graphs replay for other lengths.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .kernels_gemm import dot_precision, multiprocessors
+
+try:  # inside `try`, or the Hub loader refuses the whole model where Triton is missing
+    import triton
+    import triton.language as tl
+    from triton.tools.ragged_tma import create_ragged_descriptor, load_ragged
+except ImportError as error:
+    raise ImportError(
+        "The latent decode kernel needs Triton: pip install triton, or mla_implementation='eager'."
+    ) from error
+
+_NAMESPACE = __name__.replace(".", "_")  # two revisions of a checkpoint may share a process
+_INTERPRETED = triton.knobs.runtime.interpret  # the kernels below run in Python, on CPU tensors
+_LOG2E = 1.4426950408889634
+_MOST_SPLITS = 128
+INVARIANT_KEYS = 1024  # keys of a split if the number of splits must not depend on the batch
+MOST_TOKENS = 8
+
+
+class Tile(NamedTuple):
+    """How a kernel is cut: rows, keys, warps, pipeline stages; whether keys are the left operand of its products, so
+    that a few rows are the narrow side; and whether the copy engine fetches the keys."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    transposed: bool
+    copied: bool = False
+
+
+@triton.jit
+def _share(length, s, splits, SIZE: tl.constexpr, KEYS: tl.constexpr):
+    """First key and key behind the last one of split s."""
+    if SIZE > 0:
+        per = SIZE
+    else:
+        per = tl.cdiv(tl.cdiv(length, splits), KEYS) * KEYS
+    first = tl.minimum(s * per, length)
+    return first, tl.minimum(first + per, length)
+
+
+@triton.jit
+def _slots(table_ptr, row, start, last, stride_t, PAGE: tl.constexpr, KEYS: tl.constexpr):
+    """Where KEYS keys of a sequence lie: an int64, and an offset of each. `row`: where it, or its table, begins.
+
+    Behind the last key the last one is repeated: what is loaded has always been written.
+    """
+    i = tl.minimum(tl.arange(0, KEYS), last - 1 - start)
+    if PAGE == 0:
+        return row + (tl.full((), 0, tl.int64) + start) * stride_t, i * stride_t
+    elif PAGE % KEYS == 0:  # tiles begin at multiples of KEYS
+        page = tl.load(table_ptr + row + start // PAGE).to(tl.int64)
+        return (page * PAGE + start % PAGE) * stride_t, i * stride_t
+    else:
+        n = start + i
+        page = tl.load(table_ptr + row + n // PAGE).to(tl.int64)
+        return 0, (page * PAGE + n % PAGE) * stride_t
+
+
+@triton.jit
+def _gather(part_ptr, base, offsets, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """[keys, PADDED] of one part of the cache, zeros beyond its width."""
+    c = tl.arange(0, PADDED)
+    at = part_ptr + base + (offsets[:, None] + c[None, :])
+    if WIDTH == PADDED:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=(c < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def _along_rows(x, TRANSPOSED: tl.constexpr):
+    """A number for each row, to be broadcast over keys or columns."""
+    return x[None, :] if TRANSPOSED else x[:, None]
+
+
+@triton.jit
+def _scores(q, tile, so_far, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
+    """so_far + q tile.T, [rows, keys], or its transpose."""
+    if TRANSPOSED:
+        return tl.dot(tile, tl.trans(q), so_far, input_precision=PRECISION)
+    else:
+        return tl.dot(q, tl.trans(tile), so_far, input_precision=PRECISION)
+
+
+@triton.jit
+def _sums(weights, tile, so_far, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
+    """so_far + weights tile, [rows, columns], or its transpose."""
+    if TRANSPOSED:
+        return tl.dot(tl.trans(tile), weights, so_far, input_precision=PRECISION)
+    else:
+        return tl.dot(weights, tile, so_far, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["splits", "rows_b", "s_table", "s_seen"])
+def _decode_kernel(
+    q_ptr, r_ptr, c0_ptr, c1_ptr, k0_ptr, k1_ptr, c0_desc, c1_desc, k0_desc, k1_desc, table_ptr, starts_ptr,
+    lengths_ptr, seen_ptr, out_ptr, lse_ptr, scale, splits, rows_b, sq_h, sq_b, sq_t, sr_h, sr_b, sr_t, sc_b, sc_t,
+    sk_b, sk_t, s_table, s_seen,
+    H: tl.constexpr, T: tl.constexpr, CH: tl.constexpr, RH: tl.constexpr, RP: tl.constexpr, K1: tl.constexpr,
+    PAGE: tl.constexpr, FLAT: tl.constexpr, SEEN: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, TRANSPOSED: tl.constexpr,
+    COPIED: tl.constexpr,
+):  # fmt: skip
+    """One split of ROWS of the H * T rows of a sequence. Scores are [ROWS, KEYS] and sums [ROWS, CH], twice; if
+    TRANSPOSED the other way round, so that as few as 16 rows are the narrow side of tensor-core products."""
+    s = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    x = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    h = x % H
+    t = x // H
+    real = x < H * T
+    c = tl.arange(0, CH)
+    length = tl.load(lengths_ptr + b).to(tl.int32)
+    first, last = _share(length, s, splits, SIZE, KEYS)
+    to = ((h * tl.num_programs(2) + b) * T + t) * splits + s
+    if first < last:
+        q_at = q_ptr + (h.to(tl.int64) * sq_h + b * sq_b + t * sq_t)[:, None] + c[None, :]
+        q0 = tl.load(q_at, mask=real[:, None], other=0.0)
+        q1 = tl.load(q_at + CH, mask=real[:, None], other=0.0)
+        if RH > 0:
+            r = tl.arange(0, RP)
+            r_at = r_ptr + (h.to(tl.int64) * sr_h + b * sr_b + t * sr_t)[:, None] + r[None, :]
+            r_live = real[:, None] & (r < RH)[None, :]
+            r0 = tl.load(r_at, mask=r_live, other=0.0)
+            if K1:
+                r1 = tl.load(r_at + RH, mask=r_live, other=0.0)
+        if PAGE == 0:
+            row_c = b * sc_b
+            row_k = b * sk_b
+        else:
+            row_c = tl.load(starts_ptr + b).to(tl.int64) if FLAT else b * s_table
+            row_k = row_c
+        limit = tl.minimum(length - (T - 1) + t, last)
+        top = tl.full((ROWS,), float("-inf"), tl.float32)
+        mass = tl.zeros((ROWS,), tl.float32)
+        acc0 = tl.zeros((CH, ROWS) if TRANSPOSED else (ROWS, CH), tl.float32)
+        acc1 = tl.zeros((CH, ROWS) if TRANSPOSED else (ROWS, CH), tl.float32)
+        for start in tl.range(first, last, KEYS, num_stages=STAGES):
+            if COPIED:
+                if PAGE == 0:
+                    slot = (b * rows_b + start).to(tl.int32)
+                else:
+                    slot = (tl.load(table_ptr + row_c + start // PAGE) * PAGE + start % PAGE).to(tl.int32)
+                left = tl.minimum(last - start, KEYS)
+                c0 = load_ragged(c0_desc, slot, left, [0, 0])
+                c1 = load_ragged(c1_desc, slot, left, [0, 0])
+            else:
+                base, offsets = _slots(table_ptr, row_c, start, last, sc_t, PAGE, KEYS)
+                c0 = _gather(c0_ptr, base, offsets, CH, CH)
+                c1 = _gather(c1_ptr, base, offsets, CH, CH)
+            scores = tl.zeros((KEYS, ROWS) if TRANSPOSED else (ROWS, KEYS), tl.float32)
+            scores = _scores(q0, c0, scores, TRANSPOSED, PRECISION)
+            scores = _scores(q1, c1, scores, TRANSPOSED, PRECISION)
+            if RH > 0:
+                if COPIED:
+                    k0 = load_ragged(k0_desc, slot, left, [0, 0])
+                else:
+                    base, offsets = _slots(table_ptr, row_k, start, last, sk_t, PAGE, KEYS)
+                    k0 = _gather(k0_ptr, base, offsets, RH, RP)
+                scores = _scores(r0, k0, scores, TRANSPOSED, PRECISION)
+                if K1:
+                    if COPIED:
+                        k1 = load_ragged(k1_desc, slot, left, [0, 0])
+                    else:
+                        k1 = _gather(k1_ptr, base, offsets, RH, RP)
+                    scores = _scores(r1, k1, scores, TRANSPOSED, PRECISION)
+            n = start + tl.arange(0, KEYS)
+            keys = n[:, None] if TRANSPOSED else n[None, :]
+            if SEEN:
+                seen = tl.load(seen_ptr + b * s_seen + n, mask=n < last, other=0) != 0
+                seen = seen[:, None] if TRANSPOSED else seen[None, :]
+                scores = tl.where(seen & (keys < _along_rows(limit, TRANSPOSED)), scores, float("-inf"))
+            elif start + KEYS > tl.minimum(last, length - (T - 1)):
+                scores = tl.where(keys < _along_rows(limit, TRANSPOSED), scores, float("-inf"))
+            higher = tl.maximum(top, tl.max(scores, axis=0 if TRANSPOSED else 1) * scale)
+            least = tl.where(higher == float("-inf"), 0.0, higher)
+            weights = tl.exp2(scores * scale - _along_rows(least, TRANSPOSED))
+            fade = tl.exp2(top - least)
+            mass = mass * fade + tl.sum(weights, axis=0 if TRANSPOSED else 1)
+            weights = weights.to(c0.dtype)
+            acc0 = _sums(weights, c0, acc0 * _along_rows(fade, TRANSPOSED), TRANSPOSED, PRECISION)
+            acc1 = _sums(weights, c1, acc1 * _along_rows(fade, TRANSPOSED), TRANSPOSED, PRECISION)
+            top = higher
+        inverse = _along_rows(tl.where(mass > 0, 1.0 / mass, 0.0), TRANSPOSED)
+        columns = c[:, None] if TRANSPOSED else c[None, :]
+        sums_at = out_ptr + _along_rows(to.to(tl.int64), TRANSPOSED) * (2 * CH) + columns
+        live = _along_rows(real, TRANSPOSED)
+        tl.store(sums_at, (acc0 * inverse).to(out_ptr.dtype.element_ty), mask=live)
+        tl.store(sums_at + CH, (acc1 * inverse).to(out_ptr.dtype.element_ty), mask=live)
+        lse = tl.where(mass > 0, top + tl.log2(mass), float("-inf"))
+        tl.store(lse_ptr + to, lse if PARTS else lse / 1.4426950408889634, mask=real)
+    else:
+        tl.store(lse_ptr + to, tl.full((ROWS,), float("-inf"), tl.float32), mask=real)
+        if not PARTS:
+            zeros_at = out_ptr + to.to(tl.int64)[:, None] * (2 * CH) + c[None, :]
+            zeros = tl.zeros((ROWS, CH), out_ptr.dtype.element_ty)
+            tl.store(zeros_at, zeros, mask=real[:, None])
+            tl.store(zeros_at + CH, zeros, mask=real[:, None])
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _merge_kernel(
+    parts_ptr, part_lse_ptr, out_ptr, lse_ptr, splits, C: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr
+):
+    """out[x] = the shares of row x, each by its mass. Splits in order: empty ones behind them change no bit."""
+    x = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    top = tl.full((AT_ONCE,), float("-inf"), tl.float32)
+    for first in tl.range(0, splits, AT_ONCE):
+        s = first + tl.arange(0, AT_ONCE)
+        top = tl.maximum(top, tl.load(part_lse_ptr + x * splits + s, mask=s < splits, other=float("-inf")))
+    best = tl.max(top, axis=0)
+    base = tl.where(best == float("-inf"), 0.0, best)
+    mass = 0.0
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in tl.range(0, splits, AT_ONCE, num_stages=2):
+        s = first + tl.arange(0, AT_ONCE)
+        weight = tl.exp2(tl.load(part_lse_ptr + x * splits + s, mask=s < splits, other=float("-inf")) - base)
+        # an empty split has written no sums
+        part = tl.load(parts_ptr + (x * splits + s)[:, None] * C + c[None, :], mask=(weight > 0)[:, None], other=0.0)
+        total += tl.sum(part * weight[:, None], axis=0)
+        mass += tl.sum(weight)
+    tl.store(out_ptr + x * C + c, (total * tl.where(mass > 0, 1.0 / mass, 0.0)).to(out_ptr.dtype.element_ty))
+    if tl.program_id(1) == 0:
+        tl.store(lse_ptr + x, tl.where(mass > 0, base + tl.log2(mass), float("-inf")) / 1.4426950408889634)
+
+
+class Tiles(NamedTuple):
+    """The tiles of a device: for rows of up to 16, of up to 32 and of more; and for the first two where every sequence
+    is one program's work, which then reads long runs of keys."""
+
+    few: Tile
+    some: Tile
+    many: Tile
+    few_long: Tile
+    some_long: Tile
+
+
+def _plain(keys: int, stages: int, many: Tile) -> Tiles:
+    few, some = Tile(16, keys, 4, stages, True), Tile(32, keys, 8, stages, True)
+    return Tiles(few, some, many, few, some)
+
+
+_HOPPER = Tiles(
+    few=Tile(16, 32, 4, 3, True, copied=True),
+    some=Tile(32, 32, 8, 3, True, copied=True),
+    many=Tile(64, 64, 8, 2, False, copied=True),
+    few_long=Tile(16, 64, 4, 2, True, copied=True),
+    some_long=Tile(32, 64, 8, 2, True, copied=True),
+)
+# by the oldest compute capability that a row is for; measured on 90 only
+TABLE = {
+    100: _HOPPER._replace(some=_HOPPER.many, some_long=_HOPPER.many),  # without wgmma 32 rows spill
+    90: _HOPPER,
+    0: _plain(32, 2, Tile(64, 32, 8, 2, False)),
+}
+CDNA = _plain(16, 1, Tile(32, 16, 4, 1, True))
+FLOAT32 = _plain(16, 1, Tile(16, 16, 4, 1, True))
+INTERPRETER = _plain(16, 1, Tile(16, 16, 4, 1, False))
+
+
+def _device(x: Tensor) -> Tiles:
+    if not x.is_cuda:
+        return INTERPRETER
+    if x.dtype == torch.float32:
+        return FLOAT32
+    if torch.version.hip is not None:
+        return CDNA
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return TABLE[max(key for key in TABLE if key <= 10 * major + minor)]
+
+
+def tile_for(x: Tensor, rows: int, B: int, batch_invariant: bool) -> Tile:
+    """The tile of `rows` rows of each of `B` sequences, on x's device and of its dtype."""
+    tiles = _device(x)
+    if rows > 32:
+        return tiles.many
+    if batch_invariant or multiprocessors(x) // max(B, 1) > 1:
+        return tiles.few if rows <= 16 else tiles.some
+    return tiles.few_long if rows <= 16 else tiles.some_long
+
+
+def _splits(x: Tensor, tile: Tile, B: int, rows: int, S: int, batch_invariant: bool) -> int:
+    """Programs among which the S slots of a sequence are split: one wave of the device, at least two tiles each."""
+    if batch_invariant:
+        return max(triton.cdiv(S, INVARIANT_KEYS), 1)
+    programs = max(B, 1) * triton.cdiv(rows, tile.rows)
+    return max(1, min(multiprocessors(x) // programs, S // (2 * tile.keys), _MOST_SPLITS))
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::latent_decode", mutates_args=())
+def _latent_decode(
+    q: Tensor, r: Tensor, c0: Tensor, c1: Tensor, k0: Tensor, k1: Tensor | None, lengths: Tensor, seen: Tensor | None,
+    table: Tensor | None, starts: Tensor | None, page: int, longest: int, scaling: float, batch_invariant: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """out [H, B, T, C] and the log-sum-exp [H, B, T] float32, of q [H, B, T, C] and r [H, B, T, R].
+
+    c0, c1, k0, k1: halves of latents and rotated keys, [B, S, ...], or [slots, ...] with `table` [B, pages], or flat
+    with the `starts` [B] of each sequence; without k1, k0 is the whole key. No sequence has more than `longest` keys.
+    """
+    H, B, T, C = q.shape
+    R = r.shape[3]
+    tile = tile_for(q, H * T, B, batch_invariant)
+    splits = _splits(q, tile, B, H * T, longest, batch_invariant)
+    out = q.new_empty((H, B, T, C))
+    lse = q.new_empty((H, B, T), dtype=torch.float32)
+    if not out.numel():
+        return out, lse
+    parts = splits > 1
+    to = q.new_empty((H * B * T * splits, C), dtype=torch.float32) if parts else out
+    to_lse = q.new_empty(H * B * T * splits, dtype=torch.float32) if parts else lse
+    RH = R if k1 is None else R // 2
+    RP = max(16, triton.next_power_of_2(RH))
+    halves = (c0, c1, k0, k1)
+    rows_b = c0.stride(0) // c0.stride(-2) if table is None else 0
+    boxes = (None,) * 4
+    copied = tile.copied and RH in (0, RP) and page % tile.keys == 0 and _one_grid(halves, rows_b)
+    if copied:
+        slots = len(c0) if table is not None else (B - 1) * rows_b + c0.shape[1]
+        boxes = (None if half is None or not half.shape[-1] else _ragged(half, slots, tile.keys) for half in halves)
+    with torch.cuda.device_of(q):
+        _decode_kernel[(triton.cdiv(H * T, tile.rows), splits, B)](
+            q, r, *halves, *boxes, table, starts, lengths, seen, to, to_lse, scaling * _LOG2E, splits, rows_b,
+            *q.stride()[:3], *r.stride()[:3], c0.stride(0), c0.stride(-2), k0.stride(0), k0.stride(-2),
+            0 if table is None or starts is not None else table.stride(0), 0 if seen is None else seen.stride(0),
+            H=H, T=T, CH=C // 2, RH=RH, RP=RP, K1=k1 is not None, PAGE=page, FLAT=starts is not None,
+            SEEN=seen is not None, SIZE=INVARIANT_KEYS if batch_invariant else 0, PARTS=parts,
+            PRECISION=dot_precision(q.dtype), ROWS=tile.rows, KEYS=tile.keys, STAGES=tile.stages,
+            TRANSPOSED=tile.transposed, COPIED=copied, num_warps=tile.warps,
+        )  # fmt: skip
+        if parts:
+            block = min(C, 128)
+            _merge_kernel[(H * B * T, C // block)](to, to_lse, out, lse, splits, C=C, BLOCK=block, AT_ONCE=16)
+    return out, lse
+
+
+def _one_grid(halves: tuple[Tensor | None, ...], rows_b: int) -> bool:
+    """Whether all parts are boxes of flat caches whose sequences begin at the same multiples of a slot."""
+    parts = [half for half in halves if half is not None]
+    even = all(half.dim() == 2 or half.stride(0) == rows_b * half.stride(1) for half in parts)
+    return even and all(half.data_ptr() % 16 == 0 and half.stride(-2) * half.itemsize % 16 == 0 for half in parts)
+
+
+def _ragged(half: Tensor, slots: int, keys: int):
+    """A descriptor of `keys` slots of one part of the cache that gives zeros behind a sequence's last."""
+    width = half.shape[-1]
+    return create_ragged_descriptor(half.as_strided((slots, width), (half.stride(-2), 1)), [keys, width])
+
+
+@_latent_decode.register_fake
+def _(q, r, c0, c1, k0, k1, lengths, seen, table, starts, page, longest, scaling, batch_invariant):
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def why_not(T: int, C: int, R: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the kernel cannot take `T` new tokens over a cache of these widths; None if it can."""
+    if device.type != "cuda" and not _INTERPRETED:
+        return f"the cache is on {device.type!r}, and Triton runs on CUDA and ROCm devices"
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"the cache is {dtype}; the kernel takes bfloat16, float16 and float32"
+    if T > MOST_TOKENS:
+        return f"{T} new tokens are more than {MOST_TOKENS}"
+    if C < 32 or C > 512 or C & (C - 1):
+        return f"kv_lora_rank={C} is not a power of two from 32 to 512"
+    if R % 2 or R > 128:
+        return f"qk_rope_head_dim={R} is not even, or more than 128"
+    return None
+
+
+def latent_decode(
+    q_HBTC: Tensor, r_HBTR: Tensor, c_BSC: Tensor, k_BSR: Tensor, lengths_B: Tensor, seen_BS: Tensor | None = None, *,
+    scaling: float, batch_invariant: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """softmax(q·cᵀ + r·kᵀ)·c of each sequence's T newest tokens over its own past (DeepSeek-V2, appendix C).
+
+    Not differentiable. Tensors need not be contiguous, their last axes must be.
+
+    Args:
+        q_HBTC, r_HBTR: queries after W_UK, and rotated queries; T at most `MOST_TOKENS`.
+        c_BSC, k_BSR: latents and rotated keys in the first `lengths` of S slots; what lies behind is not read.
+        lengths_B: int32 or int64, with the T new tokens; the last of them sees all, the one before all but one.
+        seen_BS: boolean [B, at least the greatest length], False at keys that nobody sees (padding); None is none.
+        scaling: factor of the scores.
+        batch_invariant: a sequence gets the same bits alone as in any batch.
+
+    Returns:
+        [H, B, T, C] in q's dtype, zeros for a token that sees nothing; and the natural log-sum-exp of its scores
+        [H, B, T] float32, -inf for such a token.
+
+    Raises:
+        ValueError: `why_not` names a reason.
+    """
+    _check(q_HBTC, r_HBTR)
+    first, second = c_BSC.tensor_split(2, dim=-1)
+    return _latent_decode(
+        q_HBTC, r_HBTR, first, second, k_BSR, None, lengths_B, seen_BS, None, None, 0, c_BSC.shape[1], scaling,
+        batch_invariant,
+    )  # fmt: skip
+
+
+def latent_decode_pages(
+    q_HBTC: Tensor, r_HBTR: Tensor, first: Tensor, second: Tensor, table: Tensor, page: int, lengths_B: Tensor, *,
+    scaling: float, starts_B: Tensor | None = None, longest: int | None = None, batch_invariant: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`latent_decode` over pages: key n of sequence b lies in slot table[b, n // page] * page + n % page.
+
+    Args:
+        first, second: [slots, C/2 + R/2], the first and second halves of a token's latent, each followed by that half
+            of its rotated key.
+        table: [B, pages] integers; entries behind a sequence's length are not read. Or flat, with `starts_B`.
+        starts_B: where in a flat table each sequence begins.
+        longest: the most keys that a sequence has; None is what the table has room for.
+    """
+    _check(q_HBTC, r_HBTR)
+    C = q_HBTC.shape[3] // 2
+    return _latent_decode(
+        q_HBTC, r_HBTR, first[:, :C], second[:, :C], first[:, C:], second[:, C:], lengths_B, None, table, starts_B,
+        page, table.shape[-1] * page if longest is None else longest, scaling, batch_invariant,
+    )  # fmt: skip
+
+
+def _check(q: Tensor, r: Tensor):
+    reason = why_not(q.shape[2], q.shape[3], r.shape[3], q.dtype, q.device)
+    if reason:
+        raise ValueError(f"The latent decode kernel does not run here: {reason}; use mla_implementation='eager'.")

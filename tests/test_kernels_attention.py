@@ -1,0 +1,260 @@
+"""The decode kernel against softmax attention in float64: every cache, ragged lengths, padding, poison, invariance."""
+
+import pytest
+import torch
+
+kernels = pytest.importorskip("lamoe.kernels_attention")
+latent_decode, latent_decode_pages = kernels.latent_decode, kernels.latent_decode_pages
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"  # on CPU Triton interprets
+ULP = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+RUNS = 10 if GPU else 3
+SCALING = 0.2
+on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a GPU")]
+
+
+class Step:
+    """Random queries and a cache of ragged lengths; what no sequence has written is NaN."""
+
+    def __init__(self, H, B, T, C, R, S, dtype=torch.float32, seen=False, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*shape):
+            return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+        self.q, self.r = draw(B, H, T, C).transpose(0, 1), draw(H, B, T, R)
+        self.c, self.k = draw(B, S, C), draw(B, S, R)
+        self.lengths = torch.randint(T, S + 1, (B,), generator=generator).to(DEVICE, torch.int32)
+        self.lengths[0] = S
+        written = torch.arange(S, device=DEVICE) < self.lengths[:, None]
+        for part in (self.c, self.k):
+            part.masked_fill_(~written[..., None], float("nan"))
+        self.seen = (torch.rand(B, S, generator=generator) < 0.7).to(DEVICE) if seen else None
+
+    def run(self, **options):
+        return latent_decode(self.q, self.r, self.c, self.k, self.lengths, self.seen, scaling=SCALING, **options)
+
+    def alone(self, b: int, **options):
+        """What sequence b gets without the others, in a cache that is no longer than it."""
+        n, rows = int(self.lengths[b]), slice(b, b + 1)
+        seen = None if self.seen is None else self.seen[rows, :n]
+        parts = self.q[:, rows], self.r[:, rows], self.c[rows, :n], self.k[rows, :n], self.lengths[rows]
+        return latent_decode(*parts, seen, scaling=SCALING, **options)
+
+    def pages(self, page: int, flat: bool = False, **options):
+        """The same from a paged cache, in permuted pages; with page 1 also from flat lists of slots."""
+        (B, S, C), R = self.c.shape, self.k.shape[2]
+        count = -(-S // page)
+        table = torch.randperm(B * count, generator=torch.Generator().manual_seed(1)).to(DEVICE).view(B, count)
+        halves = [self.c.new_full((B * count * page, C // 2 + R // 2), float("nan")) for _ in range(2)]
+        for b, n in enumerate(self.lengths.tolist()):
+            slots = table[b, torch.arange(n, device=DEVICE) // page] * page + torch.arange(n, device=DEVICE) % page
+            for half, c, k in zip(halves, self.c[b, :n].chunk(2, -1), self.k[b, :n].chunk(2, -1), strict=True):
+                half[slots] = torch.cat((c, k), dim=-1)
+            table[b, -(-n // page) :] = 2**30  # never to be followed
+        if flat:
+            starts = torch.cat((self.lengths.new_zeros(1), self.lengths.cumsum(0)))[:-1]
+            table = torch.cat([row[:n] for row, n in zip(table, self.lengths.tolist(), strict=True)])
+            options |= {"starts_B": starts, "longest": S}
+        return latent_decode_pages(self.q, self.r, *halves, table, page, self.lengths, scaling=SCALING, **options)
+
+
+def plain_attention(step: Step, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(q·cᵀ + r·kᵀ)·c and the log-sum-exp, in `dtype`; zeros and -inf for a token that sees nothing."""
+    q, r, c, k = (x.nan_to_num().to(dtype) for x in (step.q, step.r, step.c, step.k))
+    T, S = q.shape[2], c.shape[1]
+    n, t = torch.arange(S, device=DEVICE), torch.arange(T, device=DEVICE)
+    shown = n < (step.lengths[:, None] - (T - 1) + t)[..., None]
+    if step.seen is not None:
+        shown = shown & step.seen[:, None]
+    scores = (q @ c.mT + r @ k.mT) * SCALING
+    scores = scores.masked_fill(~shown, float("-inf"))
+    weights = scores.softmax(dim=-1).nan_to_num()
+    return weights @ c, scores.double().logsumexp(dim=-1)
+
+
+def assert_within_budget(got, step: Step):
+    """Not further from float64 than twice what plain PyTorch in the same dtype is, plus two ulps."""
+    out, lse = got
+    exact, exact_lse = plain_attention(step, torch.float64)
+    plain = plain_attention(step, out.dtype)[0]
+    allowed = 2 * (plain.double() - exact).norm() + 2 * ULP[out.dtype] * exact.norm()
+    assert out.isfinite().all()
+    assert (out.double() - exact).norm() <= allowed
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=4 * ULP[out.dtype], atol=4 * ULP[out.dtype])
+
+
+# heads, batch, new tokens, C, R, S: rows up to 16, 32 and 64, several blocks of them; all numbers of tokens
+SHAPES = [
+    (16, 3, 1, 64, 32, 100), (1, 2, 1, 32, 16, 5), (40, 2, 2, 32, 0, 50), (20, 2, 3, 32, 8, 150),
+    (128, 1, 1, 32, 16, 90), (5, 4, 8, 32, 16, 40), (24, 2, 5, 32, 64, 64), (64, 2, 4, 32, 16, 33),
+    (4, 2, 6, 128, 64, 48), (3, 2, 7, 32, 2, 31),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("seen", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_definition(shape, seen):
+    step = Step(*shape, seen=seen)
+    assert_within_budget(step.run(), step)
+    assert_within_budget(step.run(batch_invariant=True), step)
+
+
+@pytest.mark.parametrize("page", [1, 5, 16, 32])
+@pytest.mark.parametrize("shape", SHAPES[:4])
+def test_pages(shape, page):
+    step = Step(*shape)
+    assert_within_budget(step.pages(page), step)
+
+
+def test_flat_lists_of_slots():
+    step = Step(*SHAPES[0])
+    assert_within_budget(step.pages(1, flat=True), step)
+
+
+@pytest.mark.parametrize("shape", [(16, 5, 1, 32, 16, 70), (40, 5, 2, 32, 16, 70)])
+def test_a_row_alone_equals_the_row_in_a_batch(shape, monkeypatch):
+    monkeypatch.setattr(kernels, "INVARIANT_KEYS", 16)
+    if not GPU:  # BLAS rounds a row by its place in the matrix
+        monkeypatch.setattr("numpy.matmul", lambda a, b, dtype=None: (a[:, :, None] * b[None]).sum(1, dtype=dtype))
+    step = Step(*shape)
+    out, lse = step.run(batch_invariant=True)
+    for b in range(shape[1]):
+        alone, alone_lse = step.alone(b, batch_invariant=True)
+        assert torch.equal(alone[:, 0], out[:, b]) and torch.equal(alone_lse[:, 0], lse[:, b])
+
+
+def test_runs_are_equal_bit_for_bit():
+    step = Step(*SHAPES[0], seen=True)
+    first = step.run()
+    for _ in range(RUNS - 1):
+        assert all(torch.equal(a, b) for a, b in zip(step.run(), first, strict=True))
+
+
+@pytest.mark.parametrize("heads", [16, 40])
+def test_a_token_that_sees_nothing_gets_zeros(heads):
+    step = Step(heads, 3, 1, 32, 16, 40, seen=True)
+    step.seen[1] = False
+    step.lengths[2] = 0
+    for options in ({}, {"batch_invariant": True}):
+        out, lse = step.run(**options)
+        assert not out[:, 1:].any() and (lse[:, 1:] == float("-inf")).all()
+        assert out[:, 0].isfinite().all() and out[:, 0].any()
+
+
+def test_one_split_and_many_agree(monkeypatch):
+    step = Step(16, 2, 2, 32, 16, 200)
+    monkeypatch.setattr(kernels, "_splits", lambda *args: 1)
+    assert_within_budget(step.run(), step)
+    for splits in (2, 5, 128):  # some are empty
+        monkeypatch.setattr(kernels, "_splits", lambda *args, splits=splits: splits)
+        assert_within_budget(step.run(), step)
+
+
+def test_views_of_longer_buffers_are_read_in_place():
+    step = Step(16, 3, 1, 32, 16, 50)
+    expected = step.run()
+    both = torch.full((3, 80, 48), float("nan"), device=DEVICE)
+    both[:, :50, :32], both[:, :50, 32:] = step.c, step.k
+    step.c, step.k = both[:, :50, :32], both[:, :50, 32:]
+    assert all(torch.equal(a, b) for a, b in zip(step.run(), expected, strict=True))
+
+
+def test_nothing_to_do():
+    step = Step(4, 2, 1, 32, 16, 8)
+    step.q, step.r, step.c, step.k = step.q[:, :0], step.r[:, :0], step.c[:0], step.k[:0]
+    step.lengths = step.lengths[:0]
+    assert step.run()[0].shape == (4, 0, 1, 32)
+
+
+def test_the_operator_is_registered_properly():
+    step = Step(16, 2, 1, 32, 16, 20)
+    c0, c1 = step.c.chunk(2, -1)
+    arguments = (step.q, step.r, c0, c1, step.k, None, step.lengths, None, None, None, 0, 20, SCALING, False)
+    torch.library.opcheck(kernels._latent_decode, arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((1, 512, 64, torch.float64, DEVICE), "the cache is torch.float64; the kernel takes bfloat16"),
+        ((9, 512, 64, torch.float32, DEVICE), "9 new tokens are more than 8"),
+        ((1, 48, 64, torch.float32, DEVICE), "kv_lora_rank=48 is not a power of two from 32 to 512"),
+        ((1, 1024, 64, torch.float32, DEVICE), "kv_lora_rank=1024 is not a power of two from 32 to 512"),
+        ((1, 512, 7, torch.float32, DEVICE), "qk_rope_head_dim=7 is not even, or more than 128"),
+    ],
+)  # fmt: skip
+def test_refusals(arguments, message):
+    *numbers, device = arguments
+    assert kernels.why_not(*numbers, torch.device(device)).startswith(message)
+
+
+def test_refusal_off_the_gpu(monkeypatch):
+    monkeypatch.setattr(kernels, "_INTERPRETED", False)
+    step = Step(4, 1, 1, 32, 16, 8)
+    step.q, step.r = step.q.cpu(), step.r.cpu()
+    with pytest.raises(
+        ValueError, match="the cache is on 'cpu', and Triton runs on CUDA and ROCm devices; use mla_impl"
+    ):
+        step.run()
+
+
+# What needs a GPU.
+
+WIDTHS = [(512, 64), (256, 64), (128, 32), (512, 0), (512, 32)]
+
+
+def gpu(function):
+    for mark in on_gpu:
+        function = mark(function)
+    return function
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("T", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("H", [16, 20, 24, 40, 64, 128])
+def test_gpu_definition(H, T, dtype):
+    for B, S in ((1, 3000), (7, 700), (200, 130)):
+        step = Step(H, B, T, 512, 64, S, dtype)
+        assert_within_budget(step.run(), step)
+
+
+@gpu
+@pytest.mark.parametrize("C, R", WIDTHS)
+@pytest.mark.parametrize("H", [16, 24, 128])
+def test_gpu_widths_and_caches(H, C, R):
+    step = Step(H, 5, 2, C, R, 900, torch.bfloat16)
+    assert_within_budget(step.run(batch_invariant=True), step)
+    for page in (1, 16, 64):
+        assert_within_budget(step.pages(page), step)
+    assert_within_budget(step.pages(1, flat=True), step)
+    seen = Step(H, 5, 2, C, R, 900, torch.bfloat16, seen=True)
+    assert_within_budget(seen.run(), seen)
+
+
+@gpu
+@pytest.mark.parametrize("H", [16, 40, 128])
+def test_gpu_a_row_alone_equals_the_row_in_a_batch_of_128(H):
+    step = Step(H, 128, 1, 512, 64, 3000, torch.bfloat16)
+    out, _ = step.run(batch_invariant=True)
+    for b in (0, 1, 64, 127):
+        assert torch.equal(step.alone(b, batch_invariant=True)[0][:, 0], out[:, b])
+    for _ in range(10):
+        assert torch.equal(step.run(batch_invariant=True)[0], out)
+
+
+@gpu
+def test_gpu_graph_replays_for_other_lengths():
+    step = Step(16, 4, 1, 512, 64, 2000, torch.bfloat16)
+    step.run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, _ = step.run()
+    for lengths in ([1, 2000, 77, 64], [5, 6, 7, 8]):
+        step.c.nan_to_num_()
+        step.k.nan_to_num_()
+        step.lengths.copy_(torch.tensor(lengths))
+        graph.replay()
+        assert torch.equal(out, step.run()[0])
