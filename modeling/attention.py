@@ -198,7 +198,8 @@ def absorbed_attention(
 class DecodeView(NamedTuple):
     """What the decode kernel has to know of a step, the same for all layers.
 
-    lengths: [B] int32, keys of each sequence with the new ones; seen: [B, S] boolean, or None if all of them are seen.
+    lengths: [B] int32, keys of each sequence with the new ones; seen: [B, S] int32, 0 at keys that nobody sees, None
+    if there are none.
     Of a paged cache: slots, flat, of all keys of one sequence after the other, where each sequence `starts` [B] in
     them, and the most keys that one has.
     """
@@ -251,9 +252,9 @@ def decode_view(config, x_BTD: Tensor, mask: Tensor | None, past, form: str | No
     seen = None
     if mask is not None:
         if mask.dim() == 2 and (isinstance(cached, Tensor) or mask.shape[1] == cached + T):
-            seen = mask.bool()
+            seen = mask.to(torch.int32)  # four bytes each, or the kernel could not fetch them ahead
         elif mask.dim() == 4 and T == 1 and mask.dtype == torch.bool:
-            seen = mask[:, 0, 0].expand(B, -1)
+            seen = mask[:, 0, 0].to(torch.int32).expand(B, -1)
         else:
             return None
     if isinstance(cached, Tensor):

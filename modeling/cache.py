@@ -1,5 +1,9 @@
 """The cache of `generate` by default: Transformers' DynamicCache, without a copy of everything at each step."""
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
@@ -11,51 +15,92 @@ ROOM = 256
 class GrowingLayer(DynamicLayer):
     """One layer: `keys` and `values` are the written beginnings of buffers with room for more tokens.
 
-    Whoever replaces them (reordering, offloading) need not know: the next update copies what is no such beginning into
-    a new buffer. What was cropped away is overwritten.
+    Whoever sets them (reordering, offloading) need not know: what is set has no room, and the next update moves it to
+    buffers that have. What was cropped away is overwritten.
     """
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
         self._buffers: list[Tensor | None] = [None, None]
+        self._length = 0
+        self.version = 0  # counts replaced buffers
+        self.cursor: Tensor | None = None  # [1]; see GrowingCache.cursor_at
+        super().__init__(*args, **kwargs)
+
+    @property
+    def keys(self) -> Tensor | None:
+        """[B, 1, S, C], or None before the first update."""
+        return self._written(0)
+
+    @keys.setter
+    def keys(self, states: Tensor | None):
+        self._replace(0, states)
+
+    @property
+    def values(self) -> Tensor | None:
+        """[B, 1, S, R], or None before the first update."""
+        return self._written(1)
+
+    @values.setter
+    def values(self, states: Tensor | None):
+        self._replace(1, states)
+
+    def _written(self, which: int) -> Tensor | None:
+        buffer = self._buffers[which]
+        return buffer if buffer is None else buffer[..., : self._length, :]
+
+    def _replace(self, which: int, states: Tensor | None):
+        self._buffers[which] = states
+        self._length = 0 if states is None else states.shape[-2]
+        self.version += 1
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor):
         """Begin without tokens."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys, self.values = (states[..., :0, :] for states in (key_states, value_states))
-        self._buffers = [None, None]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Append [B, 1, T, ...] to both: in place where there is room, but by a copy where autograd may need them."""
+        new = (key_states, value_states)
+        if self.cursor is not None:
+            at = self.cursor + torch.arange(key_states.shape[-2], device=key_states.device)
+            first, second = (b.index_copy_(2, at, x) for b, x in zip(self._buffers, new, strict=True))
+            return first, second
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if torch.is_grad_enabled() and (key_states.requires_grad or self.keys.requires_grad):
             return super().update(key_states, value_states)
-        self.keys = self._append(0, self.keys, key_states)
-        self.values = self._append(1, self.values, value_states)
+        S, T = self._length, key_states.shape[-2]
+        self.make_room(T)
+        for buffer, states in zip(self._buffers, new, strict=True):
+            buffer[..., S : S + T, :] = states
+        self.advance(T)
         return self.keys, self.values
 
-    def reset(self):
-        """Forget all tokens, and free the buffers."""
-        self._buffers = [None, None]
-        super().reset()
+    def make_room(self, tokens: int):
+        """Move to longer buffers unless there is room for so many more `tokens`."""
+        S = self._length
+        if self._buffers[0].shape[-2] >= S + tokens:
+            return
+        for which, old in enumerate(self._buffers):
+            longer = old.new_empty((*old.shape[:2], S + tokens + max(ROOM, S // 4), old.shape[-1]))
+            longer[..., :S, :] = old[..., :S, :]
+            self._buffers[which] = longer
+        self.version += 1
 
-    def _append(self, which: int, written: Tensor, new: Tensor) -> Tensor:
-        S, T = written.shape[-2], new.shape[-2]
-        buffer = self._buffers[which]
-        if buffer is None or buffer.shape[-2] < S + T or not _begins(buffer, written):
-            buffer = new.new_empty((*new.shape[:2], S + T + max(ROOM, S // 4), new.shape[-1]))
-            buffer[..., :S, :] = written
-            self._buffers[which] = buffer
-        buffer[..., S : S + T, :] = new
-        return buffer[..., : S + T, :]
+    def advance(self, tokens: int):
+        """Count `tokens` that were written behind the last one."""
+        self._length += tokens
 
+    def get_seq_length(self) -> int:
+        """Tokens in the cache."""
+        return self._length
 
-def _begins(buffer: Tensor, written: Tensor) -> bool:
-    """Whether `written` is the beginning of `buffer`, sequence by sequence."""
-    rows = written.shape[:2] == buffer.shape[:2] and written.stride() == buffer.stride()
-    return rows and written.data_ptr() == buffer.data_ptr() and written.dtype == buffer.dtype
+    def crop(self, tokens_to_remove: int):
+        """Forget the last tokens; a negative number, as Transformers has it."""
+        if tokens_to_remove > 0:
+            super().crop(tokens_to_remove)  # says what it thinks of that
+        self._length -= min(-tokens_to_remove, self._length)
 
 
 class GrowingCache(DynamicCache):
@@ -66,6 +111,31 @@ class GrowingCache(DynamicCache):
         self.layers = [_growing(layer) for layer in self.layers]
         if self.layer_class_to_replicate is DynamicLayer:
             self.layer_class_to_replicate = GrowingLayer
+        self.cursor: Tensor | None = None
+        self.steps, self.recorded = 0, None  # decode_graph.py's: steps seen, and what it recorded of them
+
+    def __deepcopy__(self, memo):
+        """A copy of the tokens; what was recorded belongs to this cache's own memory."""
+        other = memo[id(self)] = type(self).__new__(type(self))
+        other.__dict__.update(copy.deepcopy({**vars(self), "recorded": None}, memo))
+        return other
+
+    @contextmanager
+    def cursor_at(self, cursor: Tensor) -> Iterator[None]:
+        """Inside, tokens are written behind `cursor` [1] int64 on the device, updates return the whole buffers, and
+        lengths are the cursor: a step that a CUDA graph can record. Every layer needs room."""
+        users = (self, *self.layers)
+        try:
+            for user in users:
+                user.cursor = cursor
+            yield
+        finally:
+            for user in users:
+                user.cursor = None
+
+    def get_seq_length(self, layer_idx: int = 0) -> int | Tensor:
+        """Tokens in a layer; inside `cursor_at`, the cursor."""
+        return super().get_seq_length(layer_idx) if self.cursor is None else self.cursor[0]
 
 
 def _growing(layer):

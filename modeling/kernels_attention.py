@@ -91,6 +91,8 @@ def _along_rows(x, TRANSPOSED: tl.constexpr):
 @triton.jit
 def _scores(q, tile, so_far, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
     """so_far + q tile.T, [rows, keys], or its transpose."""
+    if q.dtype == tl.float32 and so_far is not None:  # short chains of additions round less
+        return so_far + _scores(q, tile, None, TRANSPOSED, PRECISION)
     if TRANSPOSED:
         return tl.dot(tile, tl.trans(q), so_far, input_precision=PRECISION)
     else:
@@ -163,8 +165,7 @@ def _decode_kernel(
                 base, offsets = _slots(table_ptr, row_c, start, last, sc_t, PAGE, KEYS)
                 c0 = _gather(c0_ptr, base, offsets, CH, CH)
                 c1 = _gather(c1_ptr, base, offsets, CH, CH)
-            scores = tl.zeros((KEYS, ROWS) if TRANSPOSED else (ROWS, KEYS), tl.float32)
-            scores = _scores(q0, c0, scores, TRANSPOSED, PRECISION)
+            scores = _scores(q0, c0, None, TRANSPOSED, PRECISION)
             scores = _scores(q1, c1, scores, TRANSPOSED, PRECISION)
             if RH > 0:
                 if COPIED:
@@ -394,7 +395,8 @@ def latent_decode(
         q_HBTC, r_HBTR: queries after W_UK, and rotated queries; T at most `MOST_TOKENS`.
         c_BSC, k_BSR: latents and rotated keys in the first `lengths` of S slots; what lies behind is not read.
         lengths_B: int32 or int64, with the T new tokens; the last of them sees all, the one before all but one.
-        seen_BS: boolean [B, at least the greatest length], False at keys that nobody sees (padding); None is none.
+        seen_BS: [B, at least the greatest length], 0 or False at keys that nobody sees (padding); None is none. Of
+            int32 it is fetched ahead, of smaller types as it is needed.
         scaling: factor of the scores.
         batch_invariant: a sequence gets the same bits alone as in any batch.
 

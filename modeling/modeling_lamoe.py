@@ -28,6 +28,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention import LamoeAttention, LamoeRMSNorm, LamoeRotaryEmbedding, decode_view, unreadable_weight
 from .cache import GrowingCache
 from .configuration_lamoe import LamoeConfig
+from .decode_graph import replayed_step
 from .experts import default_implementation
 from .generation import LamoeGenerationMixin
 from .losses import next_token_loss, router_losses
@@ -247,7 +248,7 @@ class LamoeModel(LamoePreTrainedModel):
             position_ids = (torch.arange(T, device=inputs_embeds.device) + seen).unsqueeze(0)
 
         view = decode_view(self.config, inputs_embeds, attention_mask, past_key_values, mla_form, kwargs)
-        if view is not None and not self._decodes(inputs_embeds):
+        if view is not None and not self.decodes(inputs_embeds):
             view = None
         causal_mask = None
         if view is None:
@@ -279,10 +280,15 @@ class LamoeModel(LamoePreTrainedModel):
                 view=view,
                 **kwargs,
             )
-        self._refuse_nonfinite()
+        if self.config.router_nonfinite == "raise" and not torch.compiler.is_compiling():
+            self.forwards_in_training += self.training
+            if not (hidden_states.is_cuda and torch.cuda.is_current_stream_capturing()):
+                checksums = self.checksums()
+                if checksums is not None:
+                    self.refuse_nonfinite(checksums)
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
-    def _decodes(self, x: Tensor) -> bool:
+    def decodes(self, x: Tensor) -> bool:
         """Whether every layer's kv_b_proj can be absorbed; where one cannot, a mask is needed."""
         return not any(unreadable_weight(layer.self_attn.kv_b_proj, x) for layer in self.layers)
 
@@ -294,23 +300,24 @@ class LamoeModel(LamoePreTrainedModel):
         if dtype == torch.float16:
             logger.warning_once("Training in float16: routers overflow in it; bfloat16 has the range that they need.")
 
-    def _refuse_nonfinite(self):
-        """Raise if a router's logits were not finite: the tokens would all go to the same experts without an error."""
-        if self.config.router_nonfinite != "raise" or torch.compiler.is_compiling():
-            return
-        self.forwards_in_training += self.training
+    def checksums(self) -> Tensor | None:
+        """The checksums of all routers since the last call, [layers with experts]; None if there are none, or no use.
+
+        There are none where a forward was compiled, and no use unless `config.router_nonfinite` is "raise".
+        """
         routers = [layer.mlp.gate for layer in self.layers if isinstance(layer.mlp, LamoeMoE)]
-        routers = [router for router in routers if router.checksum is not None]  # none in a layer that is compiled
-        if not routers or routers[0].checksum.device.type == "meta":
-            return
-        device = routers[0].checksum.device
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return
-        finite = torch.isfinite(torch.stack([router.checksum.to(device) for router in routers])).tolist()
+        found = [router.checksum for router in routers if router.checksum is not None]
         for router in routers:
             router.checksum = None
+        if not found or len(found) < len(routers) or found[0].device.type == "meta":
+            return None
+        return torch.stack([checksum.to(found[0].device) for checksum in found])
+
+    def refuse_nonfinite(self, checksums: Tensor):
+        """Raise if a router's logits were not finite: the tokens would all go to the same experts without an error."""
+        finite = torch.isfinite(checksums).tolist()
         if not all(finite):
-            layer = routers[finite.index(False)].layer_idx
+            layer = self.config.moe_layers[finite.index(False)]
             when = f"in training forward {self.forwards_in_training}" if self.training else "in evaluation"
             raise ValueError(
                 f"The router of layer {layer} got NaN or infinite values {when}. Train in bfloat16, not float16,"
@@ -362,6 +369,14 @@ class LamoeForCausalLM(LamoeGenerationMixin, LamoePreTrainedModel, GenerationMix
                 in training.
             mla_form: as for `LamoeModel.forward`.
         """
+        arguments = {
+            "inputs_embeds": inputs_embeds, "labels": labels, "use_cache": use_cache, "logits_to_keep": logits_to_keep,
+            "output_router_logits": output_router_logits, "skip_logits": skip_logits, "mla_form": mla_form, **kwargs,
+        }  # fmt: skip
+        replayed = replayed_step(self, input_ids, attention_mask, position_ids, past_key_values, arguments)
+        if replayed is not None:
+            return replayed
+
         config = self.config
         if output_router_logits is None:
             output_router_logits = config.output_router_logits

@@ -1,0 +1,167 @@
+"""Recorded decode steps: the tokens of unrecorded ones, on a GPU, and without one by a stand-in for the graph."""
+
+import copy
+
+import pytest
+import torch
+
+from lamoe import decode_graph
+from lamoe.cache import GrowingCache
+from tests.test_generation import generate
+from tests.tiny import lamoe_model, random_ids
+
+pytest.importorskip("lamoe.kernels_attention")
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+NEW = 9
+
+
+class EagerGraph:
+    """Replays by calling; what the recording returned is written in place, as a graph does."""
+
+    def __init__(self, step, cache):
+        self.step, self.cache, self.cursor = step, cache, cache.cursor
+        self.outputs = step()
+
+    def replay(self):
+        with torch.no_grad(), self.cache.cursor_at(self.cursor):
+            for old, new in zip(self.outputs, self.step(), strict=True):
+                if old is not None:
+                    old.copy_(new)
+
+
+@pytest.fixture
+def recordings(monkeypatch):
+    """The graphs that are recorded, by the real thing on a GPU."""
+    made, real = [], decode_graph.record
+
+    def record(step, device):
+        if GPU:
+            made.append(real(step, device))
+        else:
+            cache = next(cell.cell_contents for cell in step.__closure__ if type(cell.cell_contents) is GrowingCache)
+            graph = EagerGraph(step, cache)
+            made.append((graph, *graph.outputs))
+        return made[-1]
+
+    monkeypatch.setattr(decode_graph, "record", record)
+    monkeypatch.setattr(decode_graph, "can_record", lambda device: True)
+    return made
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    _, ours = lamoe_model("v3", tmp_path_factory.mktemp("checkpoint"), torch.float32, kv_lora_rank=32)
+    ours.set_experts_implementation("grouped_mm")
+    ours.config.mla_implementation = "triton"
+    return ours.to(DEVICE)
+
+
+@pytest.fixture
+def expected(model, monkeypatch):
+    """Tokens without recording, for any arguments."""
+
+    def run(ids, **options):
+        with monkeypatch.context() as patch:
+            patch.setattr(decode_graph, "can_record", lambda device: False)
+            return generate(model, ids, **options)
+
+    return run
+
+
+def ids_of(*shape):
+    return random_ids(*shape).to(DEVICE)
+
+
+def test_tokens_are_those_of_unrecorded_steps(model, expected, recordings):
+    ids = ids_of(2, 11)
+    assert torch.equal(generate(model, ids, max_new_tokens=NEW), expected(ids, max_new_tokens=NEW))
+    assert len(recordings) == 1
+
+
+def test_padding(model, expected, recordings):
+    ids = ids_of(2, 11)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    options = {"attention_mask": mask, "max_new_tokens": NEW}
+    assert torch.equal(generate(model, ids, **options), expected(ids, **options))
+    assert len(recordings) == 1
+
+
+def test_a_longer_buffer_is_recorded_anew(model, expected, recordings, monkeypatch):
+    monkeypatch.setattr("lamoe.cache.ROOM", 5)
+    ids = ids_of(1, 6)
+    assert torch.equal(generate(model, ids, max_new_tokens=14), expected(ids, max_new_tokens=14))
+    assert 2 <= len(recordings) <= 4
+
+
+def test_logits_and_a_returned_cache(model, expected, recordings):
+    ids = ids_of(1, 8)
+    options = {"max_new_tokens": NEW, "return_dict_in_generate": True, "output_logits": True}
+    first, plain = generate(model, ids, **options), expected(ids, **options)
+    torch.testing.assert_close(torch.stack(first.logits), torch.stack(plain.logits), rtol=1e-4, atol=1e-4)
+    assert first.past_key_values.get_seq_length() == plain.past_key_values.get_seq_length() == 8 + NEW - 1
+    for ours, theirs in zip(first.past_key_values.layers, plain.past_key_values.layers, strict=True):
+        torch.testing.assert_close(ours.keys, theirs.keys, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours.values, theirs.values, rtol=1e-4, atol=1e-4)
+    twin = copy.deepcopy(first.past_key_values)
+    more = torch.cat((first.sequences, ids_of(1, 2)), dim=1)
+    again = [generate(model, more, past_key_values=cache, max_new_tokens=6) for cache in (first.past_key_values, twin)]
+    assert torch.equal(again[0], again[1])
+    assert torch.equal(again[0], expected(more, max_new_tokens=6))
+
+
+def test_several_tokens_a_step_between_recorded_ones(model, expected, recordings):
+    ids = ids_of(1, 12)
+    options = {"max_new_tokens": 12, "prompt_lookup_num_tokens": 2}
+    assert torch.equal(generate(model, ids, **options), expected(ids, max_new_tokens=12))
+
+
+def test_beams_are_not_recorded_for_ever(model, expected, recordings, monkeypatch):
+    monkeypatch.setattr(decode_graph, "MOST_RECORDINGS", 2)
+    ids = ids_of(1, 6)
+    options = {"max_new_tokens": 8, "num_beams": 2}
+    assert torch.equal(generate(model, ids, **options), expected(ids, **options))
+    assert len(recordings) <= 2
+
+
+def test_nonfinite_logits_raise(model, recordings):
+    ids = ids_of(1, 6)
+    cache = GrowingCache(config=model.config)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        for _ in range(decode_graph.STEPS_BEFORE + 1):
+            model(ids[:, :1], past_key_values=cache)
+        assert recordings
+        weight = model.model.layers[-1].mlp.gate.weight.data
+        kept = weight.clone()
+        weight.fill_(float("nan"))
+        try:
+            with pytest.raises(ValueError, match="The router of layer 2 got NaN or infinite values in evaluation"):
+                model(ids[:, :1], past_key_values=cache)
+        finally:
+            weight.copy_(kept)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.set_experts_implementation("eager"),
+        lambda model: setattr(model.config, "mla_implementation", "eager"),
+        lambda model: model.model.layers[1].register_forward_hook(lambda *args: None),
+    ],
+    ids=["eager experts", "eager attention", "a hook"],
+)
+def test_what_cannot_be_recorded_runs_as_ever(model, expected, recordings, change):
+    ids = ids_of(1, 6)
+    tokens = expected(ids, max_new_tokens=NEW)
+    handle = change(model)
+    try:
+        assert torch.equal(generate(model, ids, max_new_tokens=NEW), tokens)
+        assert not recordings
+    finally:
+        model.set_experts_implementation("grouped_mm")
+        model.config.mla_implementation = "triton"
+        if handle is not None:
+            handle.remove()
