@@ -80,7 +80,12 @@ def replayed_step(
             cache.recorded = False
             return None
         cache.recorded = None  # its memory first
-        recorded = cache.recorded = _record(model, input_ids, mask, cache, versions, times)
+        try:
+            recorded = cache.recorded = _record(model, input_ids, mask, cache, versions, times)
+        except RuntimeError as reason:  # a layer of somebody else's that waits for the GPU, or no memory
+            logger.warning_once(f"Decode steps could not be recorded as a CUDA graph and run as ever: {reason}")
+            cache.recorded = False
+            return None
     recorded.ids.copy_(input_ids)
     recorded.cursor.fill_(cached)
     recorded.positions.copy_(recorded.cursor if positions is None else positions)
@@ -97,8 +102,8 @@ def replayed_step(
 def _why_not(model, input_ids: Tensor, mask: Tensor | None, cache) -> str | None:
     """Why a step cannot be recorded, or None if it can."""
     config = model.config
-    if config._experts_implementation not in (NAME, "grouped_mm"):
-        return f"the experts run as {config._experts_implementation!r}"
+    if _waits(model):
+        return f"the experts run as {config._experts_implementation!r} in {model.dtype}, which waits for the GPU"
     if config.rope_parameters["rope_type"] not in _FIXED_ROPES:
         return "the rotary frequencies depend on the length"
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -113,6 +118,12 @@ def _why_not(model, input_ids: Tensor, mask: Tensor | None, cache) -> str | None
     if decode_view(config, x, mask, cache, None, {}) is None or not model.model.decodes(x):
         return "the decode kernel does not run here"
     return None
+
+
+def _waits(model) -> bool:
+    """Whether the host looks at results of the experts' to go on."""
+    experts = model.config._experts_implementation
+    return experts != NAME and not (experts == "grouped_mm" and model.dtype == torch.bfloat16)
 
 
 def _hooked(module: nn.Module) -> bool:

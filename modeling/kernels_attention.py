@@ -2,8 +2,8 @@
 
 Letters: B batch, H heads, T new tokens, S slots a sequence may have, C latent rank, R rotary width. The eager form,
 which defines the result, is attention.absorbed_attention. A latent tile is loaded once, for all H * T rows of queries,
-and is key and value at once. The keys of a sequence are split among programs, each keeps the log-sum-exp of its share,
-and a second launch merges them. Grids depend on shapes alone, so that CUDA graphs replay for other lengths.
+and is key and value at once. The keys of a sequence are split among programs, each keeps the maximum and the mass of
+its share, and a second launch merges them. Grids depend on shapes alone, so that CUDA graphs replay for other lengths.
 """
 
 from typing import NamedTuple
@@ -197,45 +197,56 @@ def _decode_kernel(
             acc0 = _sums(weights, c0, acc0 * _along_rows(fade, TRANSPOSED), TRANSPOSED, PRECISION)
             acc1 = _sums(weights, c1, acc1 * _along_rows(fade, TRANSPOSED), TRANSPOSED, PRECISION)
             top = higher
-        inverse = _along_rows(tl.where(mass > 0, 1.0 / mass, 0.0), TRANSPOSED)
         columns = c[:, None] if TRANSPOSED else c[None, :]
         sums_at = out_ptr + _along_rows(to.to(tl.int64), TRANSPOSED) * (2 * CH) + columns
         live = _along_rows(real, TRANSPOSED)
-        tl.store(sums_at, (acc0 * inverse).to(out_ptr.dtype.element_ty), mask=live)
-        tl.store(sums_at + CH, (acc1 * inverse).to(out_ptr.dtype.element_ty), mask=live)
-        lse = tl.where(mass > 0, top + tl.log2(mass), float("-inf"))
-        tl.store(lse_ptr + to, lse if PARTS else lse / 1.4426950408889634, mask=real)
+        if not PARTS:
+            inverse = _along_rows(tl.where(mass > 0, 1.0 / mass, 0.0), TRANSPOSED)
+            acc0 *= inverse
+            acc1 *= inverse
+        tl.store(sums_at, acc0.to(out_ptr.dtype.element_ty), mask=live)
+        tl.store(sums_at + CH, acc1.to(out_ptr.dtype.element_ty), mask=live)
+        if PARTS:
+            tl.store(lse_ptr + 2 * to, top, mask=real)
+            tl.store(lse_ptr + 2 * to + 1, mass, mask=real)
+        else:
+            lse = tl.where(mass > 0, top + tl.log2(mass), float("-inf"))
+            tl.store(lse_ptr + to, lse / 1.4426950408889634, mask=real)
+    elif PARTS:
+        tl.store(lse_ptr + 2 * to, tl.full((ROWS,), float("-inf"), tl.float32), mask=real)
+        tl.store(lse_ptr + 2 * to + 1, tl.zeros((ROWS,), tl.float32), mask=real)
     else:
         tl.store(lse_ptr + to, tl.full((ROWS,), float("-inf"), tl.float32), mask=real)
-        if not PARTS:
-            zeros_at = out_ptr + to.to(tl.int64)[:, None] * (2 * CH) + c[None, :]
-            zeros = tl.zeros((ROWS, CH), out_ptr.dtype.element_ty)
-            tl.store(zeros_at, zeros, mask=real[:, None])
-            tl.store(zeros_at + CH, zeros, mask=real[:, None])
+        zeros_at = out_ptr + to.to(tl.int64)[:, None] * (2 * CH) + c[None, :]
+        zeros = tl.zeros((ROWS, CH), out_ptr.dtype.element_ty)
+        tl.store(zeros_at, zeros, mask=real[:, None])
+        tl.store(zeros_at + CH, zeros, mask=real[:, None])
 
 
 @triton.jit(do_not_specialize=["splits"])
 def _merge_kernel(
-    parts_ptr, part_lse_ptr, out_ptr, lse_ptr, splits, C: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr
+    parts_ptr, masses_ptr, out_ptr, lse_ptr, splits, C: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr
 ):
-    """out[x] = the shares of row x, each by its mass. Splits in order: empty ones behind them change no bit."""
+    """out[x]: the sums of row x's splits over their masses, each at its own maximum. Of `splits` parts in order; what
+    is empty behind them changes no bit."""
     x = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     top = tl.full((AT_ONCE,), float("-inf"), tl.float32)
     for first in tl.range(0, splits, AT_ONCE):
         s = first + tl.arange(0, AT_ONCE)
-        top = tl.maximum(top, tl.load(part_lse_ptr + x * splits + s, mask=s < splits, other=float("-inf")))
+        top = tl.maximum(top, tl.load(masses_ptr + 2 * (x * splits + s), mask=s < splits, other=float("-inf")))
     best = tl.max(top, axis=0)
     base = tl.where(best == float("-inf"), 0.0, best)
     mass = 0.0
     total = tl.zeros((BLOCK,), tl.float32)
     for first in tl.range(0, splits, AT_ONCE, num_stages=2):
         s = first + tl.arange(0, AT_ONCE)
-        weight = tl.exp2(tl.load(part_lse_ptr + x * splits + s, mask=s < splits, other=float("-inf")) - base)
+        at = masses_ptr + 2 * (x * splits + s)
+        weight = tl.exp2(tl.load(at, mask=s < splits, other=float("-inf")) - base)
+        mass += tl.sum(weight * tl.load(at + 1, mask=s < splits, other=0.0))
         # an empty split has written no sums
         part = tl.load(parts_ptr + (x * splits + s)[:, None] * C + c[None, :], mask=(weight > 0)[:, None], other=0.0)
         total += tl.sum(part * weight[:, None], axis=0)
-        mass += tl.sum(weight)
     tl.store(out_ptr + x * C + c, (total * tl.where(mass > 0, 1.0 / mass, 0.0)).to(out_ptr.dtype.element_ty))
     if tl.program_id(1) == 0:
         tl.store(lse_ptr + x, tl.where(mass > 0, base + tl.log2(mass), float("-inf")) / 1.4426950408889634)
@@ -324,7 +335,7 @@ def _latent_decode(
         return out, lse
     parts = splits > 1
     to = q.new_empty((H * B * T * splits, C), dtype=torch.float32) if parts else out
-    to_lse = q.new_empty(H * B * T * splits, dtype=torch.float32) if parts else lse
+    masses = q.new_empty(2 * H * B * T * splits, dtype=torch.float32) if parts else lse
     RH = R if k1 is None else R // 2
     RP = max(16, triton.next_power_of_2(RH))
     halves = (c0, c1, k0, k1)
@@ -336,7 +347,7 @@ def _latent_decode(
         boxes = (None if half is None or not half.shape[-1] else _ragged(half, slots, tile.keys) for half in halves)
     with torch.cuda.device_of(q):
         _decode_kernel[(triton.cdiv(H * T, tile.rows), splits, B)](
-            q, r, *halves, *boxes, table, starts, lengths, seen, to, to_lse, scaling * _LOG2E, splits, rows_b,
+            q, r, *halves, *boxes, table, starts, lengths, seen, to, masses, scaling * _LOG2E, splits, rows_b,
             *q.stride()[:3], *r.stride()[:3], c0.stride(0), c0.stride(-2), k0.stride(0), k0.stride(-2),
             0 if table is None or starts is not None else table.stride(0), 0 if seen is None else seen.stride(0),
             H=H, T=T, CH=C // 2, RH=RH, RP=RP, K1=k1 is not None, PAGE=page, FLAT=starts is not None,
@@ -346,7 +357,7 @@ def _latent_decode(
         )  # fmt: skip
         if parts:
             block = min(C, 128)
-            _merge_kernel[(H * B * T, C // block)](to, to_lse, out, lse, splits, C=C, BLOCK=block, AT_ONCE=16)
+            _merge_kernel[(H * B * T, C // block)](to, masses, out, lse, splits, C=C, BLOCK=block, AT_ONCE=16)
     return out, lse
 
 

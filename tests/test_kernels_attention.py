@@ -83,7 +83,7 @@ def assert_within_budget(got, step: Step):
     assert out.isfinite().all()
     error = (out.double() - exact).norm()
     assert error <= allowed, f"{(error / allowed).item():.2f} times the budget"
-    close = 16 * ULP[torch.float32] if out.dtype == torch.float32 else 4 * ULP[out.dtype]
+    close = 2e-5 if out.dtype == torch.float32 else 4 * ULP[out.dtype]  # scores of up to 30
     torch.testing.assert_close(lse.double(), exact_lse, rtol=close, atol=close)
 
 
