@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 from transformers.utils.generic import is_flash_attention_requested
 
+from .cache import GrowingCache, GrowingLayer
 from .precision import KeepsFloat32
 
 logger = logging.get_logger(__name__)
@@ -200,12 +201,14 @@ class DecodeView(NamedTuple):
 
     lengths: [B] int32, keys of each sequence with the new ones; seen: [B, S] int32, 0 at keys that nobody sees, None
     if there are none.
+    growing: the cache's layers are GrowingLayers with room, which a kernel may write itself.
     Of a paged cache: slots, flat, of all keys of one sequence after the other, where each sequence `starts` [B] in
     them, and the most keys that one has.
     """
 
     lengths: Tensor
     seen: Tensor | None
+    growing: bool = False
     slots: Tensor | None = None
     starts: Tensor | None = None
     longest: int = 0
@@ -257,9 +260,12 @@ def decode_view(config, x_BTD: Tensor, mask: Tensor | None, past, form: str | No
             seen = mask[:, 0, 0].to(torch.int32).expand(B, -1)
         else:
             return None
+    growing = type(past) is GrowingCache and all(
+        type(layer) is GrowingLayer and layer.holds(x_BTD) for layer in past.layers
+    )
     if isinstance(cached, Tensor):
-        return DecodeView((cached + T).to(torch.int32).repeat(B), seen)
-    return DecodeView(torch.full((B,), cached + T, dtype=torch.int32, device=x_BTD.device), seen)
+        return DecodeView((cached + T).to(torch.int32).repeat(B), seen, growing)
+    return DecodeView(torch.full((B,), cached + T, dtype=torch.int32, device=x_BTD.device), seen, growing)
 
 
 def _paged_view(kwargs: dict, T: int) -> DecodeView | None:
@@ -270,7 +276,7 @@ def _paged_view(kwargs: dict, T: int) -> DecodeView | None:
     ends, longest = ends["full_attention"], longest["full_attention"]
     if len(ends) != T + 1 or not slots[0].numel():
         return None
-    return DecodeView((ends[1:] - ends[:-1]).to(torch.int32), None, slots[0], ends[:-1], longest)
+    return DecodeView((ends[1:] - ends[:-1]).to(torch.int32), None, False, slots[0], ends[:-1], longest)
 
 
 class LamoeAttention(nn.Module):
@@ -321,7 +327,11 @@ class LamoeAttention(nn.Module):
             view: lets the Triton kernel do it, whatever the mask; None is for the other forms.
         """
         q_BHTP, q_BHTR = self._queries(hidden_states).split(self.query_widths, dim=-1)
-        c, k = self.kv_a_proj_with_mqa(hidden_states).split(self.latent_widths, dim=-1)
+        latents = self.kv_a_proj_with_mqa(hidden_states)
+        if view is not None and view.growing:
+            written = self._write(latents, q_BHTR, position_embeddings, past_key_values.layers[self.layer_idx], view)
+            return self.o_proj(self._decode(q_BHTP, *written, view)), None
+        c, k = latents.split(self.latent_widths, dim=-1)
         c, k = self.kv_a_layernorm(c).unsqueeze(1), k.unsqueeze(1)
         both = torch.cat((q_BHTR, k), dim=1)  # one turn for queries and key: at decode each launch counts
         q_BHTR, k = rotate_pairs(both, *position_embeddings, self.config.rope_interleave).tensor_split([-1], dim=1)
@@ -329,13 +339,13 @@ class LamoeAttention(nn.Module):
         pages = kwargs.pop("cache", None)
         if pages is not None and view is not None:
             first, second = self._write_pages(c, k, pages, kwargs)
-            return self.o_proj(self._decode(q_BHTP, q_BHTR, first, second, view, paged=True)), None
+            return self.o_proj(self._decode(q_BHTP, q_BHTR.transpose(0, 1), first, second, view, paged=True)), None
         if pages is not None:
             c, k = self._update_pages(c, k, pages, kwargs)
         elif past_key_values is not None:
             c, k = past_key_values.update(c, k, self.layer_idx)
         if view is not None:
-            return self.o_proj(self._decode(q_BHTP, q_BHTR, c.squeeze(1), k.squeeze(1), view)), None
+            return self.o_proj(self._decode(q_BHTP, q_BHTR.transpose(0, 1), c.squeeze(1), k.squeeze(1), view)), None
 
         weight = self._absorbable(mla_form or self.config.mla_form, hidden_states, c, attention_mask, pages)
         if weight is None:
@@ -377,7 +387,19 @@ class LamoeAttention(nn.Module):
         C, R = self.latent_widths
         return [C // 2, R // 2, C - C // 2, R - R // 2, total - C - R]
 
-    def _decode(self, q_BHTP: Tensor, q_BHTR: Tensor, c: Tensor, k: Tensor, view: DecodeView, paged=False) -> Tensor:
+    def _write(self, latents, q_BHTR, position_embeddings, layer, view: DecodeView) -> tuple[Tensor, Tensor, Tensor]:
+        """Write to a GrowingLayer in place: rotated queries [H, B, T, R], and its latents and keys [B, S, ...]."""
+        from .kernels_attention import write_latents
+
+        c, k = layer.begin_write(latents.shape[1])
+        norm = self.kv_a_layernorm
+        r_HBTR = write_latents(
+            latents, norm.weight, norm.variance_epsilon, q_BHTR, *position_embeddings, view.lengths, c, k,
+            self.config.rope_interleave,
+        )  # fmt: skip
+        return r_HBTR, c, k
+
+    def _decode(self, q_BHTP: Tensor, r_HBTR: Tensor, c: Tensor, k: Tensor, view: DecodeView, paged=False) -> Tensor:
         """[B, T, H V] by the Triton kernel. c, k: latents and rotated keys [B, S, ...]; or a paged cache's two slots.
 
         Heads come first, so that W_UK and W_UV, strided views of kv_b_proj's weight, are read in place.
@@ -388,7 +410,7 @@ class LamoeAttention(nn.Module):
         weight = self.kv_b_proj.weight.to(q_BHTP.dtype).view(H, sum(self.expanded_widths), self.kv_lora_rank)
         up_key_HPC, up_value_HVC = weight.split(self.expanded_widths, dim=1)
         rows_HXP = q_BHTP.transpose(0, 1).reshape(H, B * T, -1)
-        q_HBTC, r_HBTR = torch.bmm(rows_HXP, up_key_HPC).view(H, B, T, -1), q_BHTR.transpose(0, 1)
+        q_HBTC = torch.bmm(rows_HXP, up_key_HPC).view(H, B, T, -1)
         if paged:  # one row of requests, each with one token
             q_HBTC, r_HBTR = q_HBTC.transpose(1, 2), r_HBTR.transpose(1, 2)
             out, _ = latent_decode_pages(

@@ -77,6 +77,24 @@ class GrowingLayer(DynamicLayer):
         self.advance(T)
         return self.keys, self.values
 
+    def holds(self, x: Tensor) -> bool:
+        """Whether the layer has tokens of x's [B, T, D] batch size, dtype and device, in whole buffers."""
+        return all(
+            b is not None
+            and b.shape[0] == len(x)
+            and b.dtype == x.dtype
+            and b.device == x.device
+            and b.is_contiguous()
+            for b in self._buffers
+        )
+
+    def begin_write(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Both buffers [B, room, C] and [B, room, R], for a kernel that writes so many `tokens` behind the last."""
+        if self.cursor is None:
+            self.make_room(tokens)
+            self.advance(tokens)
+        return self._buffers[0].squeeze(1), self._buffers[1].squeeze(1)
+
     def make_room(self, tokens: int):
         """Move to longer buffers unless there is room for so many more `tokens`."""
         S = self._length

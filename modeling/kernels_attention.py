@@ -297,12 +297,14 @@ def _device(x: Tensor) -> Tiles:
     return TABLE[max(key for key in TABLE if key <= 10 * major + minor)]
 
 
-def tile_for(x: Tensor, rows: int, B: int, batch_invariant: bool) -> Tile:
-    """The tile of `rows` rows of each of `B` sequences, on x's device and of its dtype."""
-    tiles = _device(x)
+def tile_for(x: Tensor, rows: int, B: int, S: int, batch_invariant: bool) -> Tile:
+    """The tile of `rows` rows of each of `B` sequences of up to `S` keys, on x's device and of its dtype."""
+    tiles, programs = _device(x), multiprocessors(x)
     if rows > 32:
-        return tiles.many
-    if batch_invariant or multiprocessors(x) // max(B, 1) > 1:
+        # of many rows a program needs many keys to be worth its start: too few of both leave the device idle
+        busy = max(B, 1) * triton.cdiv(rows, tiles.many.rows) * (S // (2 * tiles.many.keys))
+        return tiles.many if batch_invariant or 2 * busy >= programs else tiles.few
+    if batch_invariant or programs // max(B, 1) > 1:
         return tiles.few if rows <= 16 else tiles.some
     return tiles.few_long if rows <= 16 else tiles.some_long
 
@@ -327,7 +329,7 @@ def _latent_decode(
     """
     H, B, T, C = q.shape
     R = r.shape[3]
-    tile = tile_for(q, H * T, B, batch_invariant)
+    tile = tile_for(q, H * T, B, longest, batch_invariant)
     splits = _splits(q, tile, B, H * T, longest, batch_invariant)
     out = q.new_empty((H, B, T, C))
     lse = q.new_empty((H, B, T), dtype=torch.float32)
@@ -377,6 +379,89 @@ def _ragged(half: Tensor, slots: int, keys: int):
 @_latent_decode.register_fake
 def _(q, r, c0, c1, k0, k1, lengths, seen, table, starts, page, longest, scaling, batch_invariant):
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@triton.jit
+def _turn(pairs, other: tl.constexpr, cos, sin, to, half: tl.constexpr, mask):
+    """Rotate pairs, whose second numbers lie `other` further, to first halves and, `half` further, second ones."""
+    first = tl.load(pairs, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(pairs + other, mask=mask, other=0.0).to(tl.float32)
+    tl.store(to, (first * cos - second * sin).to(to.dtype.element_ty), mask=mask)
+    tl.store(to + half, (second * cos + first * sin).to(to.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["room", "T"])
+def _write_kernel(
+    kv_ptr, norm_ptr, q_ptr, cos_ptr, sin_ptr, lengths_ptr, c_ptr, k_ptr, r_ptr, eps, room, B, T,
+    s_kv, sq_b, sq_t, sq_h, s_cos_b, s_cos_t,
+    H: tl.constexpr, C: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr, HEADS: tl.constexpr,
+    CP: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """Of one token: program 0 norms the latent, rotates the key and writes both; the others rotate HEADS queries."""
+    token = tl.program_id(0)
+    b = token // T
+    t = token % T
+    i = tl.arange(0, PAIRS)
+    half: tl.constexpr = R // 2
+    real = i < half
+    step: tl.constexpr = 2 if INTERLEAVED else 1
+    other: tl.constexpr = 1 if INTERLEAVED else R // 2
+    cos = tl.load(cos_ptr + b * s_cos_b + t * s_cos_t + i, mask=real, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + b * s_cos_b + t * s_cos_t + i, mask=real, other=0.0).to(tl.float32)
+    if tl.program_id(1) == 0:
+        slot = b.to(tl.int64) * room + tl.load(lengths_ptr + b) - T + t
+        row = kv_ptr + token.to(tl.int64) * s_kv
+        c = tl.arange(0, CP)
+        latent = tl.load(row + c, mask=c < C, other=0.0).to(tl.float32)
+        latent *= tl.rsqrt(tl.sum(latent * latent, axis=0) / C + eps)
+        latent *= tl.load(norm_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+        tl.store(c_ptr + slot * C + c, latent.to(c_ptr.dtype.element_ty), mask=c < C)
+        _turn(row + C + step * i, other, cos, sin, k_ptr + slot * R + i, half, real)
+    else:
+        h = (tl.program_id(1) - 1) * HEADS + tl.arange(0, HEADS)
+        heads = q_ptr + (b.to(tl.int64) * sq_b + t * sq_t + h * sq_h)[:, None] + step * i[None, :]
+        to = r_ptr + ((h * B + b).to(tl.int64) * T + t)[:, None] * R + i[None, :]
+        _turn(heads, other, cos[None, :], sin[None, :], to, half, (h < H)[:, None] & real[None, :])
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::write_latents", mutates_args=("c", "k"))
+def write_latents(
+    kv: Tensor, norm: Tensor, eps: float, q: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor, c: Tensor, k: Tensor,
+    interleaved: bool,
+) -> Tensor:  # fmt: skip
+    """Norm the latents of T new tokens, rotate their keys and queries, and write what is cached, in one launch.
+
+    The eager form is LamoeRMSNorm and attention.rotate_pairs. Tensors are contiguous but for q and angles.
+
+    Args:
+        kv: [B, T, C + R], latents and keys as kv_a_proj_with_mqa gives them. norm: [C], weight of the norm.
+        q: [B, H, T, R], strided. cos, sin: [B or 1, T, R/2].
+        lengths: [B], with the new tokens, which are the last ones.
+        c, k: [B, room, C] and [B, room, R]; written.
+
+    Returns:
+        the rotated queries [H, B, T, R], contiguous.
+    """
+    B, H, T, R = q.shape
+    C = norm.shape[0]
+    r = q.new_empty((H, B, T, R))
+    heads = 16
+    if B * T:
+        with torch.cuda.device_of(q):
+            _write_kernel[(B * T, 1 + triton.cdiv(H, heads) * (R > 0))](
+                kv, norm, q, cos, sin, lengths, c, k, r, eps, c.shape[1], B, T,
+                kv.stride(1), q.stride(0), q.stride(2), q.stride(1), 0 if len(cos) == 1 else cos.stride(0),
+                cos.stride(1),
+                H=H, C=C, R=R, INTERLEAVED=interleaved, HEADS=heads, CP=triton.next_power_of_2(C),
+                PAIRS=max(1, triton.next_power_of_2(R // 2)), num_warps=4,
+            )  # fmt: skip
+    return r
+
+
+@write_latents.register_fake
+def _(kv, norm, eps, q, cos, sin, lengths, c, k, interleaved):
+    B, H, T, R = q.shape
+    return q.new_empty((H, B, T, R))
 
 
 def why_not(T: int, C: int, R: int, dtype: torch.dtype, device: torch.device) -> str | None:

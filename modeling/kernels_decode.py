@@ -43,52 +43,82 @@ class SwappedTile(NamedTuple):
 
 @triton.jit
 def _vector_up_kernel(
-    x_ptr, w_ptr, ids_ptr, a_ptr, E, D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, ACT: tl.constexpr,
-    ROWS: tl.constexpr, DEPTH: tl.constexpr,
+    x_ptr, w_ptr, ids_ptr, s_gate_ptr, s_up_ptr, a_ptr, M, E, D: tl.constexpr, F: tl.constexpr, K: tl.constexpr,
+    S: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """a[m] = act(gate) * up of routed row m: ROWS elements of it. x: [N, D], w: [E, 2F, D], a: [M, F]."""
+    """a[m] = act(gate) * up of routed row m: ROWS elements of it. x: [N, D], w: [E, 2F, D], a: [M, F].
+
+    Behind the routed rows: each token's shared expert [S, D], in pieces of F.
+    """
+    PIECES: tl.constexpr = (S + F - 1) // F
     m = tl.program_id(1)
-    e = tl.load(ids_ptr + m).to(tl.int64)
-    if (e >= 0) & (e < E):
-        f = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    f = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    e = tl.load(ids_ptr + tl.minimum(m, M - 1)).to(tl.int64)
+    live = (e >= 0) & (e < E)
+    n = m // K
+    gates = w_ptr + tl.where(live, e, 0) * (2 * F * D)
+    ups = gates + F * D
+    width = tl.where(live, F, 0)
+    if PIECES > 0:
+        if m >= M:
+            n = (m - M) // PIECES
+            piece = (m - M) % PIECES * F
+            gates = s_gate_ptr + piece.to(tl.int64) * D
+            ups = s_up_ptr + piece.to(tl.int64) * D
+            width = tl.minimum(S - piece, F)
+    if tl.program_id(0) * ROWS < width:
         d = tl.arange(0, DEPTH)
-        w_rows = w_ptr + e * (2 * F * D) + f.to(tl.int64)[:, None] * D
-        inside = (f < F)[:, None]
+        rows = f.to(tl.int64)[:, None] * D
+        inside = (f < width)[:, None]
         gate = tl.zeros((ROWS, DEPTH), tl.float32)
         up = tl.zeros((ROWS, DEPTH), tl.float32)
         for first in tl.range(0, D, DEPTH):
             c = first + d
-            x = tl.load(x_ptr + (m // K).to(tl.int64) * D + c, mask=c < D, other=0.0).to(tl.float32)[None, :]
+            x = tl.load(x_ptr + n.to(tl.int64) * D + c, mask=c < D, other=0.0).to(tl.float32)[None, :]
             mask = inside if D % DEPTH == 0 else inside & (c < D)[None, :]
-            gate += tl.load(w_rows + c[None, :], mask=mask, other=0.0).to(tl.float32) * x
-            up += tl.load(w_rows + F * D + c[None, :], mask=mask, other=0.0).to(tl.float32) * x
+            gate += tl.load(gates + rows + c[None, :], mask=mask, other=0.0).to(tl.float32) * x
+            up += tl.load(ups + rows + c[None, :], mask=mask, other=0.0).to(tl.float32) * x
         y, _ = activation_and_slope(tl.sum(gate, axis=1), ACT)
         a = y * tl.sum(up, axis=1)
-        tl.store(a_ptr + m.to(tl.int64) * F + f, a.to(a_ptr.dtype.element_ty), mask=f < F)
+        tl.store(a_ptr + m.to(tl.int64) * F + f, a.to(a_ptr.dtype.element_ty), mask=f < width)
+
+
+@triton.jit
+def _vector_product(a_row, w_rows, width, row_inside, ROWS: tl.constexpr, DEPTH: tl.constexpr, F: tl.constexpr):
+    """Elementwise products of ROWS weight rows with a, summed over steps of DEPTH: [ROWS, DEPTH]."""
+    f = tl.arange(0, DEPTH)
+    part = tl.zeros((ROWS, DEPTH), tl.float32)
+    for first in tl.range(0, F, DEPTH):
+        c = first + f
+        a = tl.load(a_row + c, mask=c < width, other=0.0).to(tl.float32)[None, :]
+        mask = row_inside[:, None] & (c < width)[None, :]
+        part += tl.load(w_rows + c[None, :], mask=mask, other=0.0).to(tl.float32) * a
+    return part
 
 
 @triton.jit
 def _vector_down_kernel(
-    a_ptr, w_ptr, ids_ptr, weights_ptr, shared_ptr, out_ptr, E, D: tl.constexpr, F: tl.constexpr, K: tl.constexpr,
-    SHARED: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+    a_ptr, w_ptr, ids_ptr, weights_ptr, s_down_ptr, shared_ptr, out_ptr, M, E, D: tl.constexpr, F: tl.constexpr,
+    K: tl.constexpr, S: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """out[n] = sum over k of weights[n, k] W[e] a[n, k] (+ shared[n]): ROWS elements of it. w: [E, D, F]."""
+    """out[n] = sum over k of weights[n, k] W[e] a[n, k] (+ shared[n]): ROWS elements of it. w: [E, D, F].
+
+    S: and the shared expert [D, S] of the pieces behind the routed rows of a.
+    """
+    PIECES: tl.constexpr = (S + F - 1) // F
     n = tl.program_id(1).to(tl.int64)
     d = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    f = tl.arange(0, DEPTH)
     total = tl.zeros((ROWS, DEPTH), tl.float32)
     for k in tl.range(K):
         e = tl.load(ids_ptr + n * K + k).to(tl.int64)
         if (e >= 0) & (e < E):
             weight = tl.load(weights_ptr + n * K + k).to(tl.float32)
             w_rows = w_ptr + e * (D * F) + d.to(tl.int64)[:, None] * F
-            part = tl.zeros((ROWS, DEPTH), tl.float32)
-            for first in tl.range(0, F, DEPTH):
-                c = first + f
-                a = tl.load(a_ptr + (n * K + k) * F + c, mask=c < F, other=0.0).to(tl.float32)[None, :]
-                mask = (d < D)[:, None] & (c < F)[None, :]
-                part += tl.load(w_rows + c[None, :], mask=mask, other=0.0).to(tl.float32) * a
-            total += part * weight
+            total += _vector_product(a_ptr + (n * K + k) * F, w_rows, F, d < D, ROWS, DEPTH, F) * weight
+    for j in tl.static_range(PIECES):
+        w_rows = s_down_ptr + d.to(tl.int64)[:, None] * S + j * F
+        width = min(F, S - j * F)
+        total += _vector_product(a_ptr + (M + n * PIECES + j) * F, w_rows, width, d < D, ROWS, DEPTH, F)
     out = tl.sum(total, axis=1)
     if SHARED:
         out += tl.load(shared_ptr + n * D + d, mask=d < D, other=0.0).to(tl.float32)
@@ -168,17 +198,25 @@ def _swapped_down_kernel(
 def vector_experts(
     x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, gate_up: Tensor, down: Tensor, act: str,
     shared: Tensor | None, up_tile: VectorTile, down_tile: VectorTile,
+    shared_weights: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
-    """The experts of a handful of tokens, row by row: [N, D]. Best where hardly two rows share an expert."""
+    """The experts of a handful of tokens, row by row: [N, D]. Best where hardly two rows share an expert.
+
+    `shared_weights`: gate [S, D], up [S, D] and down [D, S] of an expert that every token has, with weight one.
+    """
     N, K = top_k_index.shape
     E, D, F = down.shape
-    a, out = x.new_empty((N * K, F)), torch.empty_like(x)
-    _vector_up_kernel[(triton.cdiv(F, up_tile.rows), N * K)](
-        x, gate_up, top_k_index, a, E,
-        D=D, F=F, K=K, ACT=act, ROWS=up_tile.rows, DEPTH=up_tile.depth, num_warps=up_tile.warps,
+    M = N * K
+    s_gate, s_up, s_down = shared_weights or (None, None, None)
+    S = 0 if s_gate is None else len(s_gate)
+    rows = M + N * triton.cdiv(S, F)
+    a, out = x.new_empty((rows, F)), torch.empty_like(x)
+    _vector_up_kernel[(triton.cdiv(F, up_tile.rows), rows)](
+        x, gate_up, top_k_index, s_gate, s_up, a, M, E,
+        D=D, F=F, K=K, S=S, ACT=act, ROWS=up_tile.rows, DEPTH=up_tile.depth, num_warps=up_tile.warps,
     )  # fmt: skip
     _vector_down_kernel[(triton.cdiv(D, down_tile.rows), N)](
-        a, down, top_k_index, top_k_weights, shared, out, E, D=D, F=F, K=K, SHARED=shared is not None,
+        a, down, top_k_index, top_k_weights, s_down, shared, out, M, E, D=D, F=F, K=K, S=S, SHARED=shared is not None,
         ROWS=down_tile.rows, DEPTH=down_tile.depth, num_warps=down_tile.warps,
     )  # fmt: skip
     return out

@@ -311,7 +311,8 @@ class LamoeModel(LamoePreTrainedModel):
             router.checksum = None
         if not found or len(found) < len(routers) or found[0].device.type == "meta":
             return None
-        return torch.stack([checksum.to(found[0].device) for checksum in found])
+        stacked = torch.stack([checksum.to(found[0].device) for checksum in found])
+        return stacked.view(len(found), -1).sum(dim=1)
 
     def refuse_nonfinite(self, checksums: Tensor):
         """Raise if a router's logits were not finite: the tokens would all go to the same experts without an error."""

@@ -13,8 +13,10 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
-from .experts import NAME, lamoe_experts_forward
+from .experts import DEFAULT_OPTIONS, NAME, activation_name, describe, lamoe_experts_forward
 from .precision import KeepsFloat32
+
+FEW_LOGITS = 2**14  # a layer's logits that are kept until all layers' are summed in one launch
 
 
 def expert_scores(logits_NE: Tensor, scoring_func: str) -> Tensor:
@@ -105,7 +107,7 @@ class LamoeTopkRouter(KeepsFloat32, nn.Module):
 
     `tokens_per_expert` [E] counts what training has routed since the last `reset_counts`: without padding, and without
     the second run of gradient checkpointing. `checksum`, the sum of the last forward's logits, is not finite if one of
-    them was not; it costs one launch, and the model looks at those of all layers at once.
+    them was not; it costs one launch, and the model looks at those of all layers at once. Of few logits it is these.
     """
 
     def __init__(self, config, layer_idx: int):
@@ -142,7 +144,7 @@ class LamoeTopkRouter(KeepsFloat32, nn.Module):
         if self.config.router_nonfinite == "zero":
             logits = torch.where(torch.isfinite(logits).all(dim=-1, keepdim=True), logits, 0.0)
         elif self.config.router_nonfinite == "raise" and not torch.compiler.is_compiling():
-            self.checksum = logits.detach().sum()
+            self.checksum = logits.detach() if logits.numel() <= FEW_LOGITS else logits.detach().sum()
         bias = self.e_score_correction_bias if self.config.topk_method == "noaux_tc" else None
         weights, experts = route(logits, bias, self.config)
         if self.training and not _recomputing():
@@ -247,9 +249,29 @@ class LamoeMoE(nn.Module):
         if self.shared_experts is None:
             return self.experts(x_ND, experts, weights).view_as(hidden_states)
         if self._adds_shared_inside():
+            if len(x_ND) * self.config.num_experts_per_tok <= self.config.n_routed_experts and not self.training:
+                out = self._few_tokens(x_ND, experts, weights)
+                if out is not None:
+                    return out.view_as(hidden_states)
             shared_ND = self.shared_experts(hidden_states).flatten(0, -2)
             return self.experts(x_ND, experts, weights, shared=shared_ND).view_as(hidden_states)
         return self.experts(x_ND, experts, weights).view_as(hidden_states) + self.shared_experts(hidden_states)
+
+    def _few_tokens(self, x_ND: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor | None:
+        """[N, D] in two launches, if the kernels have that for so few tokens; None if not."""
+        shared, routed = self.shared_experts, self.experts
+        projections = (shared.gate_proj, shared.up_proj, shared.down_proj)
+        modules = (shared, *projections)
+        plain = type(shared) is LamoeMLP and all(type(projection) is nn.Linear for projection in projections)
+        if not plain or any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in modules):
+            return None
+        if getattr(routed, "_lamoe_options", DEFAULT_OPTIONS).batch_invariant or describe(routed) != ("fused", ""):
+            return None
+        from .kernels_moe import few_experts
+
+        weights = tuple(projection.weight for projection in projections)
+        act = activation_name(routed.act_fn)
+        return few_experts(x_ND, top_k_index, top_k_weights, routed.gate_up_proj, routed.down_proj, weights, act)
 
     def _adds_shared_inside(self) -> bool:
         """Whether the experts' call may add the shared output: nobody else looks at its result, or sums up several."""

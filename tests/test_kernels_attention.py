@@ -75,11 +75,15 @@ def plain_attention(step: Step, dtype: torch.dtype) -> tuple[torch.Tensor, torch
 
 
 def assert_within_budget(got, step: Step):
-    """Not further from float64 than twice what plain PyTorch in the same dtype is, plus two ulps."""
+    """Not further from float64 than twice what plain PyTorch in the same dtype is, plus two ulps.
+
+    In float32 on a GPU six times: there scores are chains of 256 additions, which cuBLAS cuts into shorter ones.
+    """
     out, lse = got
     exact, exact_lse = plain_attention(step, torch.float64)
     plain = plain_attention(step, out.dtype)[0]
-    allowed = 2 * (plain.double() - exact).norm() + 2 * ULP[out.dtype] * exact.norm()
+    times = 6 if GPU and out.dtype == torch.float32 else 2
+    allowed = times * (plain.double() - exact).norm() + 2 * ULP[out.dtype] * exact.norm()
     assert out.isfinite().all()
     error = (out.double() - exact).norm()
     assert error <= allowed, f"{(error / allowed).item():.2f} times the budget"

@@ -142,6 +142,12 @@ def compile_all(name: str):
         if train:
             out.backward(out.detach())
 
+    def with_shared(dtype, D=2048, F=1408, S=2816):
+        shapes = (1, D), (E, 2 * F, D), (E, D, F), (S, D), (S, D), (D, S)
+        x, gate_up, down, *shared = (torch.empty(shape, dtype=dtype) for shape in shapes)
+        with torch.no_grad():
+            moe.few_experts(x, torch.zeros(1, K, dtype=torch.int64), torch.ones(1, K), gate_up, down, shared, "silu")
+
     def grouped(dtype, N=4096, D=2048, F=1408):
         x, scales, bias = torch.empty(N, D, dtype=dtype), torch.empty(N, K), torch.empty(E, F, dtype=dtype)
         leaves = [t.requires_grad_() for t in (x, scales, bias, torch.empty(E, D, F, dtype=dtype))]
@@ -156,6 +162,7 @@ def compile_all(name: str):
         classes, few = device(torch.empty(0, dtype=dtype))
         context.update(dtype=str(dtype)[6:], case="few rows")
         experts(dtype, 1)
+        with_shared(dtype)
         for way in few.swapped if dtype == torch.bfloat16 else few.swapped[:1]:
             D, F = (2048, 1408) if way.size == 0 else (4096, 8192)
             experts(dtype, way.rows * E // K, D=D, F=F)
@@ -203,6 +210,12 @@ def compile_all(name: str):
         decode(dtype, 128, 8)
         decode(dtype, 16, 200, seen=True)
         decode(dtype, 16, 8, page=1)
+        kv, q = torch.empty(8, 1, 576, dtype=dtype), torch.empty(8, 16, 1, 64, dtype=dtype)
+        angles, lengths = torch.empty(8, 1, 32), torch.zeros(8, dtype=torch.int32)
+        buffers = torch.empty(8, 300, 512, dtype=dtype), torch.empty(8, 300, 64, dtype=dtype)
+        norm = torch.empty(512, dtype=dtype)
+        for interleaved in (True, False):
+            attention.write_latents(kv, norm, 1e-6, q, angles, angles, lengths, *buffers, interleaved)
     context["dtype"] = "bfloat16"
     decode(torch.bfloat16, 20, 8)
     decode(torch.bfloat16, 24, 200)
