@@ -59,7 +59,7 @@ def _vector_up_kernel(
     gates = w_ptr + tl.where(live, e, 0) * (2 * F * D)
     ups = gates + F * D
     width = tl.where(live, F, 0)
-    if PIECES > 0:
+    if PIECES > 0:  # noqa: SIM102 (a constant, or the branch is compiled)
         if m >= M:
             n = (m - M) // PIECES
             piece = (m - M) % PIECES * F

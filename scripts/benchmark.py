@@ -33,7 +33,7 @@ from lamoe.scripts.expert_speed import SHAPES, decode_cost, model_step_cost, tra
 from lamoe.scripts.expert_tiles import best_tiles
 from lamoe.scripts.result_tables import markdown_tables
 
-SUITES = ("cache", "attention", "decode", "moe", "moe-decode", "step", "tune", "tables")
+SUITES = ("cache", "attention", "decode", "mla", "moe", "moe-decode", "step", "tune", "tables")
 _NATIVE = {"deepseek_v2": DeepseekV2Config, "deepseek_v3": DeepseekV3Config}
 
 
@@ -49,6 +49,8 @@ class Arguments:
     new_tokens: int = field(default=64, metadata={"help": "Decode steps that are timed."})
     cache: str = field(default="static", metadata={"help": "decode: static (compiled) or dynamic."})
     models: list[str] = field(default_factory=lambda: ["lamoe", "native"], metadata={"help": "decode: whom to run."})
+    price: float = field(default=2.5, metadata={"help": "decode: dollars that the machine costs an hour."})
+    heads: list[int] = field(default_factory=lambda: [16, 64, 128], metadata={"help": "mla: query heads."})
     experts: str = field(default="default", metadata={"help": "decode: an experts implementation to force."})
     shapes: list[str] = field(
         default_factory=lambda: list(SHAPES), metadata={"help": f"moe, moe-decode, tune: of {', '.join(SHAPES)}."}
@@ -72,8 +74,8 @@ def main(arguments: Arguments):
         print("\n\n".join(markdown_tables(arguments.rows or Path("model_cards/results")).values()))
         return
     suites = {
-        "cache": cache_bytes, "attention": attention_step, "decode": decode, "moe": moe, "moe-decode": moe_decode,
-        "step": step, "tune": tune,
+        "cache": cache_bytes, "attention": attention_step, "decode": decode, "mla": mla, "moe": moe,
+        "moe-decode": moe_decode, "step": step, "tune": tune,
     }  # fmt: skip
     rows = suites[arguments.suite](arguments)
     table = Table(*rows[0], title=f"{arguments.suite}, {device_name()}")
@@ -196,6 +198,7 @@ def decode(arguments: Arguments) -> list[dict]:
                     "context": context,
                     "step_ms": step,
                     "tokens_per_second": batch * 1e3 / step,
+                    "dollars_per_million": arguments.price / 3.6 * step / batch,
                     "prefill_ms": prefill,
                     "peak_gib": peak,
                 }
@@ -239,6 +242,19 @@ def generate_cost(model, batch: int, context: int, arguments: Arguments) -> tupl
     steps = [(b - a) * 1e3 for a, b in itertools.pairwise(marks)]
     peak = torch.cuda.max_memory_allocated() / 2**30 if model.device.type == "cuda" else float("nan")
     return statistics.median(steps), (marks[0] - start) * 1e3, peak
+
+
+def mla(arguments: Arguments) -> list[dict]:
+    """The attention of one decode step over latents, kernel against kernel, with cold caches."""
+    if not torch.cuda.is_available():
+        raise ValueError("suite='mla' needs a GPU.")
+    from lamoe.scripts.mla_speed import SHAPES, kernel_cost
+
+    rows = []
+    for heads, (batch, context) in itertools.product(arguments.heads, SHAPES):
+        rows += kernel_cost(heads, batch, context)
+        torch.cuda.empty_cache()
+    return rows
 
 
 def moe(arguments: Arguments) -> list[dict]:

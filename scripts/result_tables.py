@@ -17,20 +17,45 @@ def read_rows(folder: Path) -> dict[str, list[dict]]:
 def markdown_tables(folder: Path) -> dict[str, str]:
     """Every table in Markdown, by the name of its suite; suites without rows have none."""
     makers = {
-        "decode": _decode, "attention": _attention, "cache": _cache, "moe": _moe, "moe-decode": _moe_decode,
-        "step": _step,
+        "decode": _decode, "mla": _mla, "attention": _attention, "cache": _cache, "moe": _moe,
+        "moe-decode": _moe_decode, "step": _step,
     }  # fmt: skip
     suites = read_rows(folder)
     return {suite: "\n".join(make(suites[suite])) for suite, make in makers.items() if suite in suites}
 
 
+def _short(device: str) -> str:
+    return device.removeprefix("NVIDIA ").split()[0]
+
+
 def _decode(rows: list[dict]) -> list[str]:
-    steps = {(r["cache"], r["batch"], r["context"], r["model"]): r["step_ms"] for r in rows}
-    lines = ["| decode, ms a step | native | Lamoe | ratio |", "|---|---|---|---|"]
-    for cache, batch, context in sorted({key[:3] for key in steps}, key=lambda key: (key[0] != "static", key[1])):
-        native, ours = (steps[cache, batch, context, name] for name in ("native", "lamoe"))
+    by = {(r["cache"], r["batch"], r["context"], r["model"]): r for r in rows}
+    lines = [
+        "| decode | native, ms a step | Lamoe, ms a step | ratio | Lamoe, tokens a second | peak, GiB: native / Lamoe |",
+        "|---|---|---|---|---|---|",
+    ]
+    for cache, batch, context in sorted({key[:3] for key in by}):
+        native, ours = (by[cache, batch, context, name] for name in ("native", "lamoe"))
         shape = f"{cache} cache, batch {batch}, context {context // 1024}k"
-        lines.append(f"| {shape} | {native:.1f} | {ours:.1f} | {native / ours:.2f} |")
+        lines.append(
+            f"| {shape} | {native['step_ms']:.1f} | {ours['step_ms']:.1f} | {native['step_ms'] / ours['step_ms']:.1f} "
+            f"| {ours['tokens_per_second']:,.0f} | {native['peak_gib']:.1f} / {ours['peak_gib']:.1f} |"
+        )
+    return lines
+
+
+def _mla(rows: list[dict]) -> list[str]:
+    by = {(r["heads"], r["batch"], r["context"], r["who"]): r for r in rows}
+    shapes = list(dict.fromkeys((r["batch"], r["context"]) for r in rows))
+    head = " | ".join(f"{batch} x {context // 1024}k" for batch, context in shapes)
+    lines = [
+        f"| one step's attention over latents by CUDA graph, µs: FlashMLA / Lamoe | {head} |",
+        "|---" * (len(shapes) + 1) + "|",
+    ]
+    for heads in sorted({r["heads"] for r in rows}):
+        pairs = [[by[heads, *shape, who]["us"] for who in ("FlashMLA", "lamoe")] for shape in shapes]
+        cells = (" / ".join(f"{us:.1f}" if us < 100 else f"{us:,.0f}" for us in pair) for pair in pairs)
+        lines.append(f"| {heads} heads | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -49,20 +74,20 @@ def _cache(rows: list[dict]) -> list[str]:
 
 
 def _moe(rows: list[dict]) -> list[str]:
-    by = {(r["shape"], r["routing"], r["who"]): r for r in rows}
+    by = {(r["device"], r["shape"], r["routing"], r["who"]): r for r in rows}
     lines = [
         "| experts, forward + backward, TFLOP/s | dense cuBLAS | Transformers grouped_mm | Lamoe | over grouped_mm "
         "| over dense | held, MiB: grouped_mm / Lamoe | half the rows to one expert |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for shape in dict.fromkeys(r["shape"] for r in rows):
+    for device, shape in dict.fromkeys((r["device"], r["shape"]) for r in rows):
         dense, rival, ours = (
-            by[shape, "uniform", who] for who in ("dense cuBLAS", "transformers grouped_mm", "lamoe")
+            by[device, shape, "uniform", who] for who in ("dense cuBLAS", "transformers grouped_mm", "lamoe")
         )
-        skewed = by.get((shape, "skewed", "lamoe"))
+        skewed = by.get((device, shape, "skewed", "lamoe"))
         slower = f"{skewed['step_ms'] / ours['step_ms']:.2f} times the time" if skewed else "[not measured]"
         lines.append(
-            f"| {shape} | {dense['step_tflops']:.0f} | {rival['step_tflops']:.0f} | {ours['step_tflops']:.0f} "
+            f"| {shape}, {_short(device)} | {dense['step_tflops']:.0f} | {rival['step_tflops']:.0f} | {ours['step_tflops']:.0f} "
             f"| {rival['step_ms'] / ours['step_ms']:.2f} | {ours['over_dense']:.2f} "
             f"| {rival['held_mib']:,.0f} / {ours['held_mib']:,.0f} | {slower} |"
         )
@@ -89,6 +114,6 @@ def _moe_decode(rows: list[dict]) -> list[str]:
 def _step(rows: list[dict]) -> list[str]:
     lines = ["| forward + backward | tokens a second | peak, GiB |", "|---|---|---|"]
     for r in rows:
-        name = f"{r['model']}, {r['layers']} layers, {r['tokens']:,} tokens"
+        name = f"{r['model']}, {r['layers']} layers, {r['tokens']:,} tokens, {_short(r['device'])}"
         lines.append(f"| {name} | {r['tokens_per_second']:,.0f} | {r['peak_gib']:.1f} |")
     return lines
