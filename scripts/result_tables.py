@@ -31,7 +31,7 @@ def _short(device: str) -> str:
 def _decode(rows: list[dict]) -> list[str]:
     by = {(r["cache"], r["batch"], r["context"], r["model"]): r for r in rows}
     lines = [
-        "| decode | native, ms a step | Lamoe, ms a step | ratio | Lamoe, tokens a second | peak, GiB: native / Lamoe |",
+        "| decode | native, ms a step | Lamoe, ms a step | ratio | Lamoe, tokens/s | peak, GiB: native / Lamoe |",
         "|---|---|---|---|---|---|",
     ]
     for cache, batch, context in sorted({key[:3] for key in by}):
@@ -87,8 +87,8 @@ def _moe(rows: list[dict]) -> list[str]:
         skewed = by.get((device, shape, "skewed", "lamoe"))
         slower = f"{skewed['step_ms'] / ours['step_ms']:.2f} times the time" if skewed else "[not measured]"
         lines.append(
-            f"| {shape}, {_short(device)} | {dense['step_tflops']:.0f} | {rival['step_tflops']:.0f} | {ours['step_tflops']:.0f} "
-            f"| {rival['step_ms'] / ours['step_ms']:.2f} | {ours['over_dense']:.2f} "
+            f"| {shape}, {_short(device)} | {dense['step_tflops']:.0f} | {rival['step_tflops']:.0f} "
+            f"| {ours['step_tflops']:.0f} | {rival['step_ms'] / ours['step_ms']:.2f} | {ours['over_dense']:.2f} "
             f"| {rival['held_mib']:,.0f} / {ours['held_mib']:,.0f} | {slower} |"
         )
     return lines

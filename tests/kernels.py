@@ -152,7 +152,10 @@ def operator_calls(device) -> dict:
     h, packed = kernels_moe._experts(*case[:6], *options())[1:]
     rows, bias, into = x[index.flatten() % 3].contiguous(), x.new_ones(3, 8), [t + 1 for t in (gate_up, down)]
     back = lambda h, into, *needs: (dy, x, weights, gate_up, down, h, packed, *into, "silu", False, *needs)  # noqa: E731
+    one = make_case(1, 8, 4, 8, 2, device=device, seed=19)
+    always = one.x.new_ones(6, 8), one.x.new_ones(6, 8), one.x.new_ones(8, 6)
     return {
+        "few_experts plain": (*one[:5], *always, "silu"),
         "experts inference": (*case[:6], *options(train=False)),
         "experts invariant": (*case[:5], None, *options(train=False, batch_invariant=True)),
         "experts gradients": (*leaves, *options()),

@@ -388,3 +388,57 @@ def test_what_transformers_serve_calls(ours, one_by_one):
     finally:
         manager.stop()
     assert [tokens for _, _, tokens in answers] == one_by_one[:4]
+
+
+@pytest.fixture(scope="module", params=["v2-lite", "glm-4.7-flash"])
+def triton_model(request, tmp_path_factory):
+    pytest.importorskip("lamoe.kernels_attention")
+    if torch.cuda.is_available():
+        pytest.skip("in float32, by Triton's interpreter, on the CPU")
+    return lamoe_model(request.param, tmp_path_factory.mktemp("triton"), torch.float32, kv_lora_rank=32)[1]
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch):
+    kernels, calls = pytest.importorskip("lamoe.kernels_attention"), []
+    for name in ("latent_decode", "latent_decode_pages"):
+        real = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *a, name=name, real=real, **k: calls.append(name) or real(*a, **k))
+    return calls
+
+
+@pytest.mark.parametrize(
+    "options, padded",
+    [
+        ({}, False),
+        ({}, True),
+        ({"cache_implementation": "static", "disable_compile": True}, True),
+        ({"num_beams": 2}, False),
+        ({"prompt_lookup_num_tokens": 3}, False),
+    ],
+    ids=["growing", "padded", "static", "beams", "several tokens a step"],
+)
+def test_the_decode_kernel_gives_the_tokens_of_eager(triton_model, kernel_calls, monkeypatch, options, padded):
+    ids = random_ids(2 if padded else 1, 11)
+    mask = torch.ones_like(ids)
+    mask[0, : 4 * padded] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 6, **options}
+    expected = generate(triton_model, ids, **options)
+    assert not kernel_calls
+    monkeypatch.setattr(triton_model.config, "mla_implementation", "triton")
+    assert torch.equal(generate(triton_model, ids, **options), expected)
+    assert set(kernel_calls) == {"latent_decode"}
+
+
+def test_the_decode_kernel_reads_pages(triton_model, kernel_calls, monkeypatch):
+    expected = batched(triton_model, PROMPTS[:3])
+    assert not kernel_calls
+    monkeypatch.setattr(triton_model.config, "mla_implementation", "triton")
+    assert batched(triton_model, PROMPTS[:3]) == expected
+    assert set(kernel_calls) == {"latent_decode_pages"}
+
+
+def test_forced_where_it_cannot_run_the_decode_kernel_says_why(ours, monkeypatch):
+    monkeypatch.setattr(ours.config, "mla_implementation", "triton")
+    with pytest.raises(ValueError, match=r"kv_lora_rank=.* use mla_implementation='eager'"):
+        generate(ours, random_ids(1, 5))
