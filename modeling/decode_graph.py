@@ -27,8 +27,8 @@ _FIXED_ROPES = ("default", "linear", "yarn", "llama3", "proportional")
 
 @dataclass
 class Recorded:
-    """A recorded step: the graph, what it reads (`seen` is None if nothing is padding), what it writes, and whose
-    buffers it was recorded with."""
+    """A recorded step: the graph, what it reads (`seen` is None if nothing is padding), what it writes, and with which
+    buffers of the cache and weights of the model it was recorded."""
 
     graph: torch.cuda.CUDAGraph
     ids: Tensor
@@ -38,6 +38,7 @@ class Recorded:
     logits: Tensor
     checksums: Tensor | None
     versions: int
+    weights: tuple
     times: int
 
 
@@ -73,15 +74,16 @@ def replayed_step(
             return None
     for layer in cache.layers:
         layer.make_room(1)
-    versions = sum(layer.version for layer in cache.layers)
-    if recorded is None or recorded.versions != versions or (recorded.seen is None) != (mask is None):
+    versions, weights = sum(layer.version for layer in cache.layers), _weights(model)
+    same = recorded is not None and recorded.versions == versions and recorded.weights == weights
+    if not same or (recorded.seen is None) != (mask is None):
         times = 1 if recorded is None else recorded.times + 1
         if times > MOST_RECORDINGS:
             cache.recorded = False
             return None
         cache.recorded = None  # its memory first
         try:
-            recorded = cache.recorded = _record(model, input_ids, mask, cache, versions, times)
+            recorded = cache.recorded = _record(model, input_ids, mask, cache, versions, weights, times)
         except RuntimeError as reason:  # a layer of somebody else's that waits for the GPU, or no memory
             logger.warning_once(f"Decode steps could not be recorded as a CUDA graph and run as ever: {reason}")
             cache.recorded = False
@@ -120,6 +122,13 @@ def _why_not(model, input_ids: Tensor, mask: Tensor | None, cache) -> str | None
     return None
 
 
+def _weights(model) -> tuple:
+    """What shows that the model was moved, or set to compute in another way, since a recording."""
+    some = (model.model.embed_tokens.weight, model.model.layers[-1].self_attn.kv_b_proj.weight, model.lm_head.weight)
+    ways = model.config._experts_implementation, model.config.mla_implementation
+    return (*(weight.data_ptr() for weight in some), *ways)
+
+
 def _waits(model) -> bool:
     """Whether the host looks at results of the experts' to go on."""
     experts = model.config._experts_implementation
@@ -150,7 +159,9 @@ def record(step: Callable[[], tuple[Tensor, Tensor | None]], device: torch.devic
     return graph, *outputs
 
 
-def _record(model, input_ids: Tensor, mask: Tensor | None, cache: GrowingCache, versions: int, times: int) -> Recorded:
+def _record(
+    model, input_ids: Tensor, mask: Tensor | None, cache: GrowingCache, versions: int, weights: tuple, times: int
+) -> Recorded:
     """Record the step behind what is cached; what this writes is written again by the first replay."""
     device = input_ids.device
     ids, positions = input_ids.clone(), torch.zeros_like(input_ids)
@@ -166,4 +177,4 @@ def _record(model, input_ids: Tensor, mask: Tensor | None, cache: GrowingCache, 
 
     with cache.cursor_at(cursor):
         graph, logits, checksums = record(step, device)
-    return Recorded(graph, ids, positions, cursor, seen, logits, checksums, versions, times)
+    return Recorded(graph, ids, positions, cursor, seen, logits, checksums, versions, weights, times)

@@ -56,6 +56,8 @@ class LamoeGenerationMixin:
         """Transformers' choice of a cache; its default one grows in place."""
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
+        if type(cache) is GrowingCache:
+            cache.recorded = None  # adapters may have come or gone since
         if type(cache) is DynamicCache and not cache.offloading and not any(x.is_initialized for x in cache.layers):
             model_kwargs["past_key_values"] = GrowingCache(config=self.config)
 

@@ -129,6 +129,19 @@ def test_beams_are_not_recorded_for_ever(model, expected, recordings, monkeypatc
     assert len(recordings) <= 2
 
 
+def test_moved_weights_are_recorded_anew(model, recordings):
+    ids = ids_of(1, 6)
+    cache = GrowingCache(config=model.config)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        for _ in range(decode_graph.STEPS_BEFORE + 2):
+            model(ids[:, :1], past_key_values=cache)
+        assert len(recordings) == 1
+        model.lm_head.weight.data = model.lm_head.weight.data.clone()
+        model(ids[:, :1], past_key_values=cache)
+        assert len(recordings) == 2
+
+
 def test_nonfinite_logits_raise(model, recordings):
     ids = ids_of(1, 6)
     cache = GrowingCache(config=model.config)
