@@ -54,11 +54,12 @@ class LamoeGenerationMixin:
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """Transformers' choice of a cache; its default one grows in place."""
+        given = model_kwargs.get("past_key_values")
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if type(given) is GrowingCache:
+            given.recorded = None  # adapters may have come or gone since
         cache = model_kwargs.get("past_key_values")
-        if type(cache) is GrowingCache:
-            cache.recorded = None  # adapters may have come or gone since
-        if type(cache) is DynamicCache and not cache.offloading and not any(x.is_initialized for x in cache.layers):
+        if given is None and type(cache) is DynamicCache and not cache.offloading:
             model_kwargs["past_key_values"] = GrowingCache(config=self.config)
 
     def init_continuous_batching(self, generation_config=None, continuous_batching_config=None, workload_hints=None):

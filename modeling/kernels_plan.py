@@ -240,14 +240,13 @@ def make_plan(top_k_index: Tensor, E: int, tile_rows: int, *, kept: bool) -> Ten
     EP = triton.next_power_of_2(E + 1)
     splits = 0 if M <= _FEW_IDS else min(256, triton.cdiv(M, 2 * _IDS))
     split = triton.cdiv(triton.cdiv(M, max(splits, 1)), _IDS) * _IDS
-    group = 16 if splits < 32 else max(16, min(64, 4096 // EP))
     counts, totals = packed.new_empty((splits, EP)), packed.new_empty(EP)
     if splits:
         _count_kernel[(splits,)](top_k_index, counts, M, E, split, IDS=_IDS, EP=EP)
         _scan_kernel[(triton.cdiv(EP, 16),)](counts, totals, splits, AT_ONCE=128, EP=EP, GROUP=min(16, EP))
-    _place_kernel[(triton.cdiv(E, group), max(splits, 1))](
+    _place_kernel[(triton.cdiv(E, 16), max(splits, 1))](
         top_k_index, counts, totals, plan.order, plan.positions, plan.starts, plan.tile_expert, plan.tile_row,
-        M, E, split, tile_rows, COUNTED=splits > 0, IDS=_IDS, EP=EP, GROUP=group, num_warps=8,
+        M, E, split, tile_rows, COUNTED=splits > 0, IDS=_IDS, EP=EP, GROUP=16, num_warps=8,
     )  # fmt: skip
     return packed
 

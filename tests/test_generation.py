@@ -8,11 +8,12 @@ import copy
 
 import pytest
 import torch
-from transformers import CompileConfig, ContinuousBatchingConfig, GenerationConfig
+from transformers import CompileConfig, ContinuousBatchingConfig, DynamicCache, GenerationConfig
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
 
 from lamoe import LamoeForCausalLM
+from lamoe.cache import GrowingCache
 from tests.tiny import lamoe_model, random_ids
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-3}  # float32 on logits of about 10
@@ -388,6 +389,15 @@ def test_what_transformers_serve_calls(ours, one_by_one):
     finally:
         manager.stop()
     assert [tokens for _, _, tokens in answers] == one_by_one[:4]
+
+
+def test_the_callers_cache_is_the_one_that_is_filled(ours):
+    for make in (DynamicCache, GrowingCache):
+        cache = make(config=ours.config)
+        generate(ours, random_ids(1, 5), past_key_values=cache, max_new_tokens=3)
+        assert cache.get_seq_length() == 7
+    out = generate(ours, random_ids(1, 5), max_new_tokens=3, return_dict_in_generate=True)
+    assert type(out.past_key_values) is GrowingCache
 
 
 @pytest.fixture(scope="module", params=["v2-lite", "glm-4.7-flash"])

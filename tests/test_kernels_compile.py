@@ -20,8 +20,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted(path.stem for path in (ROOT / "modeling").glob("kernels_*.py"))
 SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # that one block can have
-# bytes of stack: 64 rows of sums of 512 columns are all the registers that 8 warps have
-SPILLS = {"_decode_kernel": 480}
+# Bytes of stack. 64 rows of sums of 512 columns are all the registers that 8 warps have; sm_100 was never timed.
+SPILLS = {"_decode_kernel": 480, "_rows_kernel": 24}
 PRODUCTS = ("_decode_kernel", "_rows_kernel", "_weight_gradient_kernel", "_swapped_up_kernel", "_swapped_down_kernel")
 
 
