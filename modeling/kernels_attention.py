@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels_gemm import dot_precision, multiprocessors
+from .kernels_gemm import dot_precision, multiprocessors, row_of
 
 try:  # inside `try`, or the Hub loader refuses the whole model where Triton is missing
     import triton
@@ -287,14 +287,7 @@ INTERPRETER = _plain(16, 1, Tile(16, 16, 4, 1, False))
 
 
 def _device(x: Tensor) -> Tiles:
-    if not x.is_cuda:
-        return INTERPRETER
-    if x.dtype == torch.float32:
-        return FLOAT32
-    if torch.version.hip is not None:
-        return CDNA
-    major, minor = torch.cuda.get_device_capability(x.device)
-    return TABLE[max(key for key in TABLE if key <= 10 * major + minor)]
+    return row_of(x, TABLE, CDNA, FLOAT32, INTERPRETER)
 
 
 def tile_for(x: Tensor, rows: int, B: int, S: int, batch_invariant: bool) -> Tile:

@@ -251,6 +251,18 @@ def multiprocessors(x: Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
 
 
+def row_of(x: Tensor, table: dict, cdna, float32, interpreter):
+    """What x's device takes: of `table` the row of the newest compute capability that it has, or one of the others."""
+    if not x.is_cuda:
+        return interpreter
+    if x.dtype == torch.float32:
+        return float32
+    if torch.version.hip is not None:
+        return cdna
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return table[max(key for key in table if key <= 10 * major + minor)]
+
+
 def dot_precision(dtype: torch.dtype) -> str:
     """How float32 is multiplied: as `torch.set_float32_matmul_precision` says."""
     return "ieee" if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest" else "tf32"

@@ -6,11 +6,10 @@ A device that is not in it takes the row of the nearest older one; float32 takes
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from .kernels_decode import SwappedTile, VectorTile
-from .kernels_gemm import Tile
+from .kernels_gemm import Tile, row_of
 
 
 class Tiles(NamedTuple):
@@ -129,11 +128,4 @@ def few_rows(
 
 
 def _device(x: Tensor) -> Device:
-    if not x.is_cuda:
-        return INTERPRETER
-    if x.dtype == torch.float32:
-        return FLOAT32
-    if torch.version.hip is not None:
-        return CDNA
-    major, minor = torch.cuda.get_device_capability(x.device)
-    return TABLE[max(key for key in TABLE if key <= 10 * major + minor)]
+    return row_of(x, TABLE, CDNA, FLOAT32, INTERPRETER)

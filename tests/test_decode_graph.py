@@ -129,13 +129,19 @@ def test_beams_are_not_recorded_for_ever(model, expected, recordings, monkeypatc
     assert len(recordings) <= 2
 
 
+def stepped(model, ids, steps: int) -> GrowingCache:
+    """A cache after a prompt and so many steps of one token."""
+    cache = GrowingCache(config=model.config)
+    model(ids, past_key_values=cache)
+    for _ in range(steps):
+        model(ids[:, :1], past_key_values=cache)
+    return cache
+
+
 def test_moved_weights_are_recorded_anew(model, recordings):
     ids = ids_of(1, 6)
-    cache = GrowingCache(config=model.config)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
-        for _ in range(decode_graph.STEPS_BEFORE + 2):
-            model(ids[:, :1], past_key_values=cache)
+        cache = stepped(model, ids, decode_graph.STEPS_BEFORE + 2)
         assert len(recordings) == 1
         model.lm_head.weight.data = model.lm_head.weight.data.clone()
         model(ids[:, :1], past_key_values=cache)
@@ -144,11 +150,8 @@ def test_moved_weights_are_recorded_anew(model, recordings):
 
 def test_nonfinite_logits_raise(model, recordings):
     ids = ids_of(1, 6)
-    cache = GrowingCache(config=model.config)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
-        for _ in range(decode_graph.STEPS_BEFORE + 1):
-            model(ids[:, :1], past_key_values=cache)
+        cache = stepped(model, ids, decode_graph.STEPS_BEFORE + 1)
         assert recordings
         weight = model.model.layers[-1].mlp.gate.weight.data
         kept = weight.clone()
