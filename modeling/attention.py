@@ -202,6 +202,7 @@ class DecodeView(NamedTuple):
     lengths: [B] int32, keys of each sequence with the new ones; seen: [B, S] int32, 0 at keys that nobody sees, None
     if there are none.
     growing: the cache's layers are GrowingLayers with room, which a kernel may write itself.
+    recorded: such a step, which a CUDA graph records; nobody's hooks are in the model.
     Of a paged cache: slots, flat, of all keys of one sequence after the other, where each sequence `starts` [B] in
     them, and the most keys that one has.
     """
@@ -209,6 +210,7 @@ class DecodeView(NamedTuple):
     lengths: Tensor
     seen: Tensor | None
     growing: bool = False
+    recorded: bool = False
     slots: Tensor | None = None
     starts: Tensor | None = None
     longest: int = 0
@@ -264,7 +266,8 @@ def decode_view(config, x_BTD: Tensor, mask: Tensor | None, past, form: str | No
         type(layer) is GrowingLayer and layer.holds(x_BTD) for layer in past.layers
     )
     if isinstance(cached, Tensor):
-        return DecodeView((cached + T).to(torch.int32).repeat(B), seen, growing)
+        recorded = growing and past.cursor is not None
+        return DecodeView((cached + T).to(torch.int32).repeat(B), seen, growing, recorded)
     return DecodeView(torch.full((B,), cached + T, dtype=torch.int32, device=x_BTD.device), seen, growing)
 
 
@@ -276,7 +279,8 @@ def _paged_view(kwargs: dict, T: int) -> DecodeView | None:
     ends, longest = ends["full_attention"], longest["full_attention"]
     if len(ends) != T + 1 or not slots[0].numel():
         return None
-    return DecodeView((ends[1:] - ends[:-1]).to(torch.int32), None, False, slots[0], ends[:-1], longest)
+    lengths = (ends[1:] - ends[:-1]).to(torch.int32)
+    return DecodeView(lengths, None, slots=slots[0], starts=ends[:-1], longest=longest)
 
 
 class LamoeAttention(nn.Module):
@@ -389,11 +393,11 @@ class LamoeAttention(nn.Module):
 
     def _write(self, latents, q_BHTR, position_embeddings, layer, view: DecodeView) -> tuple[Tensor, Tensor, Tensor]:
         """Write to a GrowingLayer in place: rotated queries [H, B, T, R], and its latents and keys [B, S, ...]."""
-        from .kernels_attention import write_latents
+        from .kernels_step import write_latents
 
         c, k = layer.begin_write(latents.shape[1])
         norm = self.kv_a_layernorm
-        r_HBTR = write_latents(
+        r_HBTR, _ = write_latents(
             latents, norm.weight, norm.variance_epsilon, q_BHTR, *position_embeddings, view.lengths, c, k,
             self.config.rope_interleave,
         )  # fmt: skip

@@ -95,10 +95,15 @@ class GrowingLayer(DynamicLayer):
             self.advance(tokens)
         return self._buffers[0].squeeze(1), self._buffers[1].squeeze(1)
 
+    @property
+    def room(self) -> int:
+        """Tokens that the buffers can hold."""
+        return self._buffers[0].shape[-2]
+
     def make_room(self, tokens: int):
         """Move to longer buffers unless there is room for so many more `tokens`."""
         S = self._length
-        if self._buffers[0].shape[-2] >= S + tokens:
+        if self.room >= S + tokens:
             return
         for which, old in enumerate(self._buffers):
             longer = old.new_empty((*old.shape[:2], S + tokens + max(ROOM, S // 4), old.shape[-1]))

@@ -25,10 +25,37 @@ _NEUTRAL = {"use_cache": (None, True), "logits_to_keep": (0, 1), "return_dict": 
 _FIXED_ROPES = ("default", "linear", "yarn", "llama3", "proportional")
 
 
+class Watch:
+    """The last replay's checksums on their way to the host: whoever waited for them would leave the GPU idle."""
+
+    def __init__(self, checksums: Tensor):
+        self.host = torch.empty_like(checksums, device="cpu", pin_memory=checksums.is_cuda)
+        self.copied = torch.cuda.Event() if checksums.is_cuda else None
+        self.unread = False
+
+    def send(self, checksums: Tensor):
+        """Begin to copy what a replay has written."""
+        self.host.copy_(checksums, non_blocking=True)
+        if self.copied is not None:
+            self.copied.record()
+        self.unread = True
+
+    def read(self) -> Tensor | None:
+        """What was sent, once it has arrived; None if it was read before."""
+        if not self.unread:
+            return None
+        self.unread = False
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.host
+
+
 @dataclass
 class Recorded:
     """A recorded step: the graph, what it reads (`seen` is None if nothing is padding), what it writes, and with which
-    buffers of the cache and weights of the model it was recorded."""
+    buffers of the cache and weights of the model it was recorded.
+
+    There is `room` for so many tokens in the cache; `at` is where the graph has left the cursor."""
 
     graph: torch.cuda.CUDAGraph
     ids: Tensor
@@ -37,9 +64,17 @@ class Recorded:
     seen: Tensor | None
     logits: Tensor
     checksums: Tensor | None
+    room: int
     versions: int
     weights: tuple
     times: int
+    watch: Watch | None
+    at: int = -1
+
+    def fits(self, model, cache, mask: Tensor | None) -> bool:
+        """Whether it was made with these buffers and weights, and with a mask if there is one."""
+        same = self.versions == _versions(cache) and self.weights == _weights(model)
+        return same and (self.seen is None) == (mask is None)
 
 
 def replayed_step(
@@ -66,6 +101,30 @@ def replayed_step(
     if mask is not None and (mask.dim() != 2 or mask.shape != (len(input_ids), cached + 1)):
         return None
     recorded = cache.recorded
+    if recorded is None or cached >= recorded.room or not recorded.fits(model, cache, mask):
+        recorded = _renewed(model, input_ids, mask, cache)
+        if recorded is None:
+            return None
+    recorded.ids.copy_(input_ids)
+    if recorded.at != cached:
+        recorded.cursor.fill_(cached)
+    recorded.positions.copy_(recorded.cursor if positions is None else positions)
+    if mask is not None:
+        recorded.seen[:, : cached + 1].copy_(mask)
+    recorded.graph.replay()
+    recorded.at = cached + 1  # the graph has moved the cursor
+    for layer in cache.layers:
+        layer.advance(1)
+    settle(model, cache)  # while the GPU is busy
+    if recorded.watch is not None:
+        recorded.watch.send(recorded.checksums)
+    return MoeCausalLMOutputWithPast(logits=recorded.logits.clone(), past_key_values=cache)
+
+
+def _renewed(model, input_ids: Tensor, mask: Tensor | None, cache) -> Recorded | None:
+    """A recording for the cache, the weights and the mask as they are now; None if there can be none."""
+    settle(model, cache)
+    recorded = cache.recorded
     if recorded is None:
         reason = _why_not(model, input_ids, mask, cache)
         if reason:
@@ -74,31 +133,31 @@ def replayed_step(
             return None
     for layer in cache.layers:
         layer.make_room(1)
-    versions, weights = sum(layer.version for layer in cache.layers), _weights(model)
-    same = recorded is not None and recorded.versions == versions and recorded.weights == weights
-    if not same or (recorded.seen is None) != (mask is None):
-        times = 1 if recorded is None else recorded.times + 1
-        if times > MOST_RECORDINGS:
-            cache.recorded = False
-            return None
-        cache.recorded = None  # its memory first
-        try:
-            recorded = cache.recorded = _record(model, input_ids, mask, cache, versions, weights, times)
-        except RuntimeError as reason:  # a layer of somebody else's that waits for the GPU, or no memory
-            logger.warning_once(f"Decode steps could not be recorded as a CUDA graph and run as ever: {reason}")
-            cache.recorded = False
-            return None
-    recorded.ids.copy_(input_ids)
-    recorded.cursor.fill_(cached)
-    recorded.positions.copy_(recorded.cursor if positions is None else positions)
-    if mask is not None:
-        recorded.seen[:, : cached + 1].copy_(mask)
-    recorded.graph.replay()
-    for layer in cache.layers:
-        layer.advance(1)
-    if recorded.checksums is not None:
-        model.model.refuse_nonfinite(recorded.checksums)
-    return MoeCausalLMOutputWithPast(logits=recorded.logits.clone(), past_key_values=cache)
+    if recorded is not None and recorded.fits(model, cache, mask):
+        return recorded
+    times = 1 if recorded is None else recorded.times + 1
+    if times > MOST_RECORDINGS:
+        cache.recorded = False
+        return None
+    cache.recorded = recorded = None  # its memory first
+    try:
+        cache.recorded = _record(model, input_ids, mask, cache, times)
+    except RuntimeError as reason:  # a layer of somebody else's that waits for the GPU, or no memory
+        logger.warning_once(f"Decode steps could not be recorded as a CUDA graph and run as ever: {reason}")
+        cache.recorded = False
+        return None
+    return cache.recorded
+
+
+def settle(model, cache):
+    """Raise if a router of the last replayed step of `cache` saw NaN or infinite values; each step is looked at once.
+
+    The next step does this after its launch, and at its end `generate`.
+    """
+    recorded = getattr(cache, "recorded", None)
+    checksums = recorded.watch.read() if recorded and recorded.watch is not None else None
+    if checksums is not None:
+        model.model.refuse_nonfinite(checksums)
 
 
 def _why_not(model, input_ids: Tensor, mask: Tensor | None, cache) -> str | None:
@@ -120,6 +179,10 @@ def _why_not(model, input_ids: Tensor, mask: Tensor | None, cache) -> str | None
     if decode_view(config, x, mask, cache, None, {}) is None or not model.model.decodes(x):
         return "the decode kernel does not run here"
     return None
+
+
+def _versions(cache) -> int:
+    return sum(layer.version for layer in cache.layers)
 
 
 def _weights(model) -> tuple:
@@ -159,22 +222,23 @@ def record(step: Callable[[], tuple[Tensor, Tensor | None]], device: torch.devic
     return graph, *outputs
 
 
-def _record(
-    model, input_ids: Tensor, mask: Tensor | None, cache: GrowingCache, versions: int, weights: tuple, times: int
-) -> Recorded:
+def _record(model, input_ids: Tensor, mask: Tensor | None, cache: GrowingCache, times: int) -> Recorded:
     """Record the step behind what is cached; what this writes is written again by the first replay."""
     device = input_ids.device
     ids, positions = input_ids.clone(), torch.zeros_like(input_ids)
     cursor = torch.full((1,), cache.get_seq_length(), device=device)
-    room, seen = cache.layers[0]._buffers[0].shape[-2], None
+    room, seen = min(layer.room for layer in cache.layers), None
     if mask is not None:
         seen = torch.zeros(len(input_ids), room, dtype=torch.int32, device=device)
         seen[:, : mask.shape[1]].copy_(mask)
 
     def step() -> tuple[Tensor, Tensor | None]:
         out = model(input_ids=ids, attention_mask=seen, position_ids=positions, past_key_values=cache, use_cache=True)
+        cursor.add_(1)
         return out.logits, model.model.checksums()
 
     with cache.cursor_at(cursor):
         graph, logits, checksums = record(step, device)
-    return Recorded(graph, ids, positions, cursor, seen, logits, checksums, versions, weights, times)
+    watch = None if checksums is None else Watch(checksums)
+    made_with = _versions(cache), _weights(model), times
+    return Recorded(graph, ids, positions, cursor, seen, logits, checksums, room, *made_with, watch)

@@ -9,7 +9,9 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from .cache import GrowingCache
+from .decode_graph import settle
 
+_ONE_TOKEN = {"position_ids", "use_cache", "logits_to_keep"}
 MANY_ROWS = 20  # chosen experts a step, from which copying their weights costs more than grouped_mm's launches
 
 
@@ -61,6 +63,26 @@ class LamoeGenerationMixin:
         cache = model_kwargs.get("past_key_values")
         if given is None and type(cache) is DynamicCache and not cache.offloading:
             model_kwargs["past_key_values"] = GrowingCache(config=self.config)
+
+    def prepare_inputs_for_generation(
+        self, input_ids, next_sequence_length=None, past_key_values=None, attention_mask=None, **kwargs
+    ) -> dict:
+        """Transformers' inputs of a forward; of a recorded step, for which the GPU waits, without its questions."""
+        recorded = type(past_key_values) is GrowingCache and past_key_values.recorded
+        if not recorded or next_sequence_length != 1 or kwargs.keys() - _ONE_TOKEN:
+            return super().prepare_inputs_for_generation(
+                input_ids, next_sequence_length, past_key_values, attention_mask, **kwargs
+            )
+        if kwargs.get("position_ids") is not None:
+            kwargs["position_ids"] = kwargs["position_ids"][..., -1:]
+        last = {"input_ids": input_ids[:, -1:], "past_key_values": past_key_values, "attention_mask": attention_mask}
+        return last | kwargs
+
+    def _sample(self, *args, **kwargs):
+        """Transformers' loop; an error in its last step is no less an error."""
+        answer = super()._sample(*args, **kwargs)
+        settle(self, kwargs.get("past_key_values"))
+        return answer
 
     def init_continuous_batching(self, generation_config=None, continuous_batching_config=None, workload_hints=None):
         """Transformers' manager, with pages as wide as the latent and without the flash kernels' own page tables.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .kernels_gemm import dot_precision, multiprocessors, row_of
+from .kernels_launch import await_kernels, overlapping
 
 try:  # inside `try`, or the Hub loader refuses the whole model where Triton is missing
     import triton
@@ -116,10 +117,11 @@ def _decode_kernel(
     H: tl.constexpr, T: tl.constexpr, CH: tl.constexpr, RH: tl.constexpr, RP: tl.constexpr, K1: tl.constexpr,
     PAGE: tl.constexpr, FLAT: tl.constexpr, SEEN: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, TRANSPOSED: tl.constexpr,
-    COPIED: tl.constexpr,
+    COPIED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One split of ROWS of the H * T rows of a sequence. Scores are [ROWS, KEYS] and sums [ROWS, CH], twice; if
     TRANSPOSED the other way round, so that as few as 16 rows are the narrow side of tensor-core products."""
+    await_kernels(PDL)
     s = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     x = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -225,10 +227,12 @@ def _decode_kernel(
 
 @triton.jit(do_not_specialize=["splits"])
 def _merge_kernel(
-    parts_ptr, masses_ptr, out_ptr, lse_ptr, splits, C: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr
-):
+    parts_ptr, masses_ptr, out_ptr, lse_ptr, splits, C: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
     """out[x]: the sums of row x's splits over their masses, each at its own maximum. Of `splits` parts in order; what
     is empty behind them changes no bit."""
+    await_kernels(PDL)
     x = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     top = tl.full((AT_ONCE,), float("-inf"), tl.float32)
@@ -310,27 +314,23 @@ def _splits(x: Tensor, tile: Tile, B: int, rows: int, S: int, batch_invariant: b
     return max(1, min(multiprocessors(x) // programs, S // (2 * tile.keys), _MOST_SPLITS))
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::latent_decode", mutates_args=())
-def _latent_decode(
+def split_decode(
     q: Tensor, r: Tensor, c0: Tensor, c1: Tensor, k0: Tensor, k1: Tensor | None, lengths: Tensor, seen: Tensor | None,
     table: Tensor | None, starts: Tensor | None, page: int, longest: int, scaling: float, batch_invariant: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """out [H, B, T, C] and the log-sum-exp [H, B, T] float32, of q [H, B, T, C] and r [H, B, T, R].
+) -> tuple[Tensor, Tensor, Tensor, int]:  # fmt: skip
+    """Launch the first stage; arguments as `_latent_decode`'s, nothing empty. How many splits there are comes last.
 
-    c0, c1, k0, k1: halves of latents and rotated keys, [B, S, ...], or [slots, ...] with `table` [B, pages], or flat
-    with the `starts` [B] of each sequence; without k1, k0 is the whole key. No sequence has more than `longest` keys.
+    Of several: unscaled sums [H, B, T, splits, C] float32, and maximum (base 2) and mass [H, B, T, splits, 2]; the
+    third is nothing yet. Of one: the output [H, B, T, C], nothing, and the log-sum-exp [H, B, T].
     """
     H, B, T, C = q.shape
     R = r.shape[3]
     tile = tile_for(q, H * T, B, longest, batch_invariant)
     splits = _splits(q, tile, B, H * T, longest, batch_invariant)
-    out = q.new_empty((H, B, T, C))
     lse = q.new_empty((H, B, T), dtype=torch.float32)
-    if not out.numel():
-        return out, lse
     parts = splits > 1
-    to = q.new_empty((H * B * T * splits, C), dtype=torch.float32) if parts else out
-    masses = q.new_empty(2 * H * B * T * splits, dtype=torch.float32) if parts else lse
+    to = q.new_empty((H, B, T, splits, C), dtype=torch.float32) if parts else q.new_empty((H, B, T, C))
+    masses = q.new_empty((H, B, T, splits, 2), dtype=torch.float32) if parts else lse
     RH = R if k1 is None else R // 2
     RP = max(16, triton.next_power_of_2(RH))
     halves = (c0, c1, k0, k1)
@@ -348,11 +348,33 @@ def _latent_decode(
             H=H, T=T, CH=C // 2, RH=RH, RP=RP, K1=k1 is not None, PAGE=page, FLAT=starts is not None,
             SEEN=seen is not None, SIZE=INVARIANT_KEYS if batch_invariant else 0, PARTS=parts,
             PRECISION=dot_precision(q.dtype), ROWS=tile.rows, KEYS=tile.keys, STAGES=tile.stages,
-            TRANSPOSED=tile.transposed, COPIED=copied, num_warps=tile.warps,
+            TRANSPOSED=tile.transposed, COPIED=copied, num_warps=tile.warps, **overlapping(q),
         )  # fmt: skip
-        if parts:
-            block = min(C, 128)
-            _merge_kernel[(H * B * T, C // block)](to, masses, out, lse, splits, C=C, BLOCK=block, AT_ONCE=16)
+    return to, masses, lse, splits
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::latent_decode", mutates_args=())
+def _latent_decode(
+    q: Tensor, r: Tensor, c0: Tensor, c1: Tensor, k0: Tensor, k1: Tensor | None, lengths: Tensor, seen: Tensor | None,
+    table: Tensor | None, starts: Tensor | None, page: int, longest: int, scaling: float, batch_invariant: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """out [H, B, T, C] and the log-sum-exp [H, B, T] float32, of q [H, B, T, C] and r [H, B, T, R].
+
+    c0, c1, k0, k1: halves of latents and rotated keys, [B, S, ...], or [slots, ...] with `table` [B, pages], or flat
+    with the `starts` [B] of each sequence; without k1, k0 is the whole key. No sequence has more than `longest` keys.
+    """
+    if not q.numel():
+        return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+    arguments = (q, r, c0, c1, k0, k1, lengths, seen, table, starts, page, longest, scaling, batch_invariant)
+    to, masses, lse, splits = split_decode(*arguments)
+    if splits == 1:
+        return to, lse
+    out, C = q.new_empty(q.shape), q.shape[3]
+    block = min(C, 128)
+    with torch.cuda.device_of(q):
+        _merge_kernel[(lse.numel(), C // block)](
+            to, masses, out, lse, splits, C=C, BLOCK=block, AT_ONCE=16, **overlapping(q)
+        )
     return out, lse
 
 
@@ -372,89 +394,6 @@ def _ragged(half: Tensor, slots: int, keys: int):
 @_latent_decode.register_fake
 def _(q, r, c0, c1, k0, k1, lengths, seen, table, starts, page, longest, scaling, batch_invariant):
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-@triton.jit
-def _turn(pairs, other: tl.constexpr, cos, sin, to, half: tl.constexpr, mask):
-    """Rotate pairs, whose second numbers lie `other` further, to first halves and, `half` further, second ones."""
-    first = tl.load(pairs, mask=mask, other=0.0).to(tl.float32)
-    second = tl.load(pairs + other, mask=mask, other=0.0).to(tl.float32)
-    tl.store(to, (first * cos - second * sin).to(to.dtype.element_ty), mask=mask)
-    tl.store(to + half, (second * cos + first * sin).to(to.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["room", "T"])
-def _write_kernel(
-    kv_ptr, norm_ptr, q_ptr, cos_ptr, sin_ptr, lengths_ptr, c_ptr, k_ptr, r_ptr, eps, room, B, T,
-    s_kv, sq_b, sq_t, sq_h, s_cos_b, s_cos_t,
-    H: tl.constexpr, C: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr, HEADS: tl.constexpr,
-    CP: tl.constexpr, PAIRS: tl.constexpr,
-):  # fmt: skip
-    """Of one token: program 0 norms the latent, rotates the key and writes both; the others rotate HEADS queries."""
-    token = tl.program_id(0)
-    b = token // T
-    t = token % T
-    i = tl.arange(0, PAIRS)
-    half: tl.constexpr = R // 2
-    real = i < half
-    step: tl.constexpr = 2 if INTERLEAVED else 1
-    other: tl.constexpr = 1 if INTERLEAVED else R // 2
-    cos = tl.load(cos_ptr + b * s_cos_b + t * s_cos_t + i, mask=real, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + b * s_cos_b + t * s_cos_t + i, mask=real, other=0.0).to(tl.float32)
-    if tl.program_id(1) == 0:
-        slot = b.to(tl.int64) * room + tl.load(lengths_ptr + b) - T + t
-        row = kv_ptr + token.to(tl.int64) * s_kv
-        c = tl.arange(0, CP)
-        latent = tl.load(row + c, mask=c < C, other=0.0).to(tl.float32)
-        latent *= tl.rsqrt(tl.sum(latent * latent, axis=0) / C + eps)
-        latent *= tl.load(norm_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-        tl.store(c_ptr + slot * C + c, latent.to(c_ptr.dtype.element_ty), mask=c < C)
-        _turn(row + C + step * i, other, cos, sin, k_ptr + slot * R + i, half, real)
-    else:
-        h = (tl.program_id(1) - 1) * HEADS + tl.arange(0, HEADS)
-        heads = q_ptr + (b.to(tl.int64) * sq_b + t * sq_t + h * sq_h)[:, None] + step * i[None, :]
-        to = r_ptr + ((h * B + b).to(tl.int64) * T + t)[:, None] * R + i[None, :]
-        _turn(heads, other, cos[None, :], sin[None, :], to, half, (h < H)[:, None] & real[None, :])
-
-
-@torch.library.custom_op(f"{_NAMESPACE}::write_latents", mutates_args=("c", "k"))
-def write_latents(
-    kv: Tensor, norm: Tensor, eps: float, q: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor, c: Tensor, k: Tensor,
-    interleaved: bool,
-) -> Tensor:  # fmt: skip
-    """Norm the latents of T new tokens, rotate their keys and queries, and write what is cached, in one launch.
-
-    The eager form is LamoeRMSNorm and attention.rotate_pairs. Tensors are contiguous but for q and angles.
-
-    Args:
-        kv: [B, T, C + R], latents and keys as kv_a_proj_with_mqa gives them. norm: [C], weight of the norm.
-        q: [B, H, T, R], strided. cos, sin: [B or 1, T, R/2].
-        lengths: [B], with the new tokens, which are the last ones.
-        c, k: [B, room, C] and [B, room, R]; written.
-
-    Returns:
-        the rotated queries [H, B, T, R], contiguous.
-    """
-    B, H, T, R = q.shape
-    C = norm.shape[0]
-    r = q.new_empty((H, B, T, R))
-    heads = 16
-    if B * T:
-        with torch.cuda.device_of(q):
-            _write_kernel[(B * T, 1 + triton.cdiv(H, heads) * (R > 0))](
-                kv, norm, q, cos, sin, lengths, c, k, r, eps, c.shape[1], B, T,
-                kv.stride(1), q.stride(0), q.stride(2), q.stride(1), 0 if len(cos) == 1 else cos.stride(0),
-                cos.stride(1),
-                H=H, C=C, R=R, INTERLEAVED=interleaved, HEADS=heads, CP=triton.next_power_of_2(C),
-                PAIRS=max(1, triton.next_power_of_2(R // 2)), num_warps=4,
-            )  # fmt: skip
-    return r
-
-
-@write_latents.register_fake
-def _(kv, norm, eps, q, cos, sin, lengths, c, k, interleaved):
-    B, H, T, R = q.shape
-    return q.new_empty((H, B, T, R))
 
 
 def why_not(T: int, C: int, R: int, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -496,7 +435,7 @@ def latent_decode(
     Raises:
         ValueError: `why_not` names a reason.
     """
-    _check(q_HBTC, r_HBTR)
+    check(q_HBTC, r_HBTR)
     first, second = c_BSC.tensor_split(2, dim=-1)
     return _latent_decode(
         q_HBTC, r_HBTR, first, second, k_BSR, None, lengths_B, seen_BS, None, None, 0, c_BSC.shape[1], scaling,
@@ -517,7 +456,7 @@ def latent_decode_pages(
         starts_B: where in a flat table each sequence begins.
         longest: the most keys that a sequence has; None is what the table has room for.
     """
-    _check(q_HBTC, r_HBTR)
+    check(q_HBTC, r_HBTR)
     C = q_HBTC.shape[3] // 2
     return _latent_decode(
         q_HBTC, r_HBTR, first[:, :C], second[:, :C], first[:, C:], second[:, C:], lengths_B, None, table, starts_B,
@@ -525,7 +464,8 @@ def latent_decode_pages(
     )  # fmt: skip
 
 
-def _check(q: Tensor, r: Tensor):
+def check(q: Tensor, r: Tensor):
+    """Raise a ValueError if the kernel cannot take these queries [H, B, T, C] and [H, B, T, R]."""
     reason = why_not(q.shape[2], q.shape[3], r.shape[3], q.dtype, q.device)
     if reason:
         raise ValueError(f"The latent decode kernel does not run here: {reason}; use mla_implementation='eager'.")

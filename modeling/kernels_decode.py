@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .kernels_gemm import activation_and_slope, dot_precision, load_columns
+from .kernels_launch import await_kernels, overlapping
 from .kernels_plan import make_plan, most_tiles, tile_of, unpack
 
 try:  # inside `try`, or the Hub loader refuses the whole model where Triton is missing
@@ -44,13 +45,14 @@ class SwappedTile(NamedTuple):
 @triton.jit
 def _vector_up_kernel(
     x_ptr, w_ptr, ids_ptr, s_gate_ptr, s_up_ptr, a_ptr, M, E, D: tl.constexpr, F: tl.constexpr, K: tl.constexpr,
-    S: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+    S: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """a[m] = act(gate) * up of routed row m: ROWS elements of it. x: [N, D], w: [E, 2F, D], a: [M, F].
 
     Behind the routed rows: each token's shared expert [S, D], in pieces of F.
     """
     PIECES: tl.constexpr = (S + F - 1) // F
+    await_kernels(PDL)
     m = tl.program_id(1)
     f = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     e = tl.load(ids_ptr + tl.minimum(m, M - 1)).to(tl.int64)
@@ -100,12 +102,14 @@ def _vector_product(a_row, w_rows, width, row_inside, ROWS: tl.constexpr, DEPTH:
 def _vector_down_kernel(
     a_ptr, w_ptr, ids_ptr, weights_ptr, s_down_ptr, shared_ptr, out_ptr, M, E, D: tl.constexpr, F: tl.constexpr,
     K: tl.constexpr, S: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """out[n] = sum over k of weights[n, k] W[e] a[n, k] (+ shared[n]): ROWS elements of it. w: [E, D, F].
 
     S: and the shared expert [D, S] of the pieces behind the routed rows of a.
     """
     PIECES: tl.constexpr = (S + F - 1) // F
+    await_kernels(PDL)
     n = tl.program_id(1).to(tl.int64)
     d = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros((ROWS, DEPTH), tl.float32)
@@ -214,10 +218,11 @@ def vector_experts(
     _vector_up_kernel[(triton.cdiv(F, up_tile.rows), rows)](
         x, gate_up, top_k_index, s_gate, s_up, a, M, E,
         D=D, F=F, K=K, S=S, ACT=act, ROWS=up_tile.rows, DEPTH=up_tile.depth, num_warps=up_tile.warps,
+        **overlapping(x),
     )  # fmt: skip
     _vector_down_kernel[(triton.cdiv(D, down_tile.rows), N)](
         a, down, top_k_index, top_k_weights, s_down, shared, out, M, E, D=D, F=F, K=K, S=S, SHARED=shared is not None,
-        ROWS=down_tile.rows, DEPTH=down_tile.depth, num_warps=down_tile.warps,
+        ROWS=down_tile.rows, DEPTH=down_tile.depth, num_warps=down_tile.warps, **overlapping(x),
     )  # fmt: skip
     return out
 

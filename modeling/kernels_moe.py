@@ -371,27 +371,28 @@ def fused_experts(
 @_operator("few_experts")
 def _few_experts(
     x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, gate_up: Tensor, down: Tensor, shared_gate: Tensor,
-    shared_up: Tensor, shared_down: Tensor, act: str,
+    shared_up: Tensor, shared_down: Tensor, residual: Tensor | None, act: str,
 ) -> Tensor:  # fmt: skip
-    """Routed and shared experts of a handful of tokens [N, D]."""
+    """Routed and shared experts of a handful of tokens [N, D], and a residual [N, D]."""
     few = few_rows(x, top_k_index.numel(), len(down), *down.shape[1:])
     shared = (shared_gate, shared_up, shared_down)
-    return vector_experts(x, top_k_index, top_k_weights, gate_up, down, act, None, *few, shared_weights=shared)
+    return vector_experts(x, top_k_index, top_k_weights, gate_up, down, act, residual, *few, shared_weights=shared)
 
 
 @_few_experts.register_fake
-def _(x, top_k_index, top_k_weights, gate_up, down, shared_gate, shared_up, shared_down, act):
+def _(x, top_k_index, top_k_weights, gate_up, down, shared_gate, shared_up, shared_down, residual, act):
     return torch.empty_like(x)
 
 
 def few_experts(
     hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor,
-    shared_weights: tuple[Tensor, Tensor, Tensor], activation: str,
+    shared_weights: tuple[Tensor, Tensor, Tensor], activation: str, residual: Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
     """`fused_experts` of so few tokens that weights are read row by row, with the shared expert in the same launches.
 
     Args:
         shared_weights: gate [S, D], up [S, D] and down [D, S]; contiguous, of the experts' dtype.
+        residual: [N, D] contiguous, of that dtype, added in the last sum.
 
     Returns:
         [N, D]; None if there are too many tokens, gradients are wanted, or dtypes differ.
@@ -402,7 +403,8 @@ def few_experts(
     autocast = torch.is_autocast_enabled(x.device.type)
     if few is None or not isinstance(few[0], VectorTile) or torch.is_grad_enabled() or not plain or autocast:
         return None
-    return _few_experts(x.contiguous(), top_k_index.contiguous(), top_k_weights.contiguous(), *tensors, activation)
+    index, weights = top_k_index.contiguous(), top_k_weights.contiguous()
+    return _few_experts(x.contiguous(), index, weights, *tensors, residual, activation)
 
 
 def in_one_dtype(x: Tensor, *weights: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -8,6 +8,8 @@ atomics, and a token's result does not depend on the tokens beside it.
 import torch
 from torch import Tensor
 
+from .kernels_launch import await_kernels, overlapping
+
 try:  # inside `try`, or the Hub loader refuses the whole model where Triton is missing
     import triton
     import triton.language as tl
@@ -58,12 +60,13 @@ def _route_kernel(
     logits_ptr, bias_ptr, weights_ptr, experts_ptr, N, scale,
     G: tl.constexpr, S: tl.constexpr, OPEN: tl.constexpr, K: tl.constexpr, SOFTMAX: tl.constexpr, BIAS: tl.constexpr,
     BEST_TWO: tl.constexpr, NORM: tl.constexpr, BLOCK_N: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr,
-    KP: tl.constexpr,
+    KP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Route BLOCK_N tokens. logits: [N, G * S], bias: [G * S], weights, experts: [N, K]; all contiguous.
 
     A tile is [BLOCK_N, GP, SP], groups and what is in them padded to powers of two: its columns ascend with the ids.
     """
+    await_kernels(PDL)
     n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     c = tl.arange(0, GP * SP)
     expert = c // SP * S + c % SP
@@ -173,7 +176,7 @@ def _route(
                 logits.contiguous(), None if bias is None else bias.contiguous(), weights, experts, N,
                 routed_scaling_factor, G=n_group, S=E // n_group, OPEN=topk_group, K=K, SOFTMAX=softmax,
                 BIAS=bias is not None, BEST_TWO=best_two, NORM=norm_topk_prob, BLOCK_N=block, GP=GP, SP=SP,
-                KP=triton.next_power_of_2(K), num_warps=warps,
+                KP=triton.next_power_of_2(K), num_warps=warps, **overlapping(logits),
             )  # fmt: skip
     return weights, experts
 

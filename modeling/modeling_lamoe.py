@@ -29,6 +29,7 @@ from .attention import LamoeAttention, LamoeRMSNorm, LamoeRotaryEmbedding, decod
 from .cache import GrowingCache
 from .configuration_lamoe import LamoeConfig
 from .decode_graph import replayed_step
+from .decode_step import few_tokens_layer, fuses
 from .experts import default_implementation
 from .generation import LamoeGenerationMixin
 from .losses import next_token_loss, router_losses
@@ -77,6 +78,10 @@ class LamoeDecoderLayer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None, **kwargs) -> Tensor:
         """[B, T, D] to [B, T, D]; `token_mask` [B, T] is False at padding, the rest goes to the attention."""
+        cache, view = kwargs.get("past_key_values"), kwargs.get("view")
+        if view is not None and view.recorded and fuses(self, hidden_states):
+            layer = cache.layers[self.self_attn.layer_idx]
+            return few_tokens_layer(self, hidden_states, kwargs["position_embeddings"], layer, view)
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         normed = self.post_attention_layernorm(hidden_states)

@@ -143,13 +143,18 @@ class LamoeTopkRouter(KeepsFloat32, nn.Module):
             logits = F.linear(x_ND.to(exact), self.weight.to(exact))
         if self.config.router_nonfinite == "zero":
             logits = torch.where(torch.isfinite(logits).all(dim=-1, keepdim=True), logits, 0.0)
-        elif self.config.router_nonfinite == "raise" and not torch.compiler.is_compiling():
+        weights, experts = self.choose(logits, token_mask)
+        return logits, weights, experts
+
+    def choose(self, logits: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Weights [N, K] float32 and experts [N, K] int64 of `logits` [N, E], watched and counted as in `forward`."""
+        if self.config.router_nonfinite == "raise" and not torch.compiler.is_compiling():
             self.checksum = logits.detach() if logits.numel() <= FEW_LOGITS else logits.detach().sum()
         bias = self.e_score_correction_bias if self.config.topk_method == "noaux_tc" else None
         weights, experts = route(logits, bias, self.config)
         if self.training and not _recomputing():
             self._count(experts, token_mask)
-        return logits, weights, experts
+        return weights, experts
 
     @torch.no_grad()
     def _count(self, experts: Tensor, token_mask: Tensor | None):
@@ -245,20 +250,26 @@ class LamoeMoE(nn.Module):
             finite = torch.isfinite(hidden_states).all(dim=-1, keepdim=True)
             hidden_states = torch.where(finite, hidden_states, 0.0)
         _, weights, experts = self.gate(hidden_states, None if token_mask is None else token_mask.reshape(-1))
-        x_ND = hidden_states.flatten(0, -2)
-        if self.shared_experts is None:
-            return self.experts(x_ND, experts, weights).view_as(hidden_states)
-        if self._adds_shared_inside():
-            if len(x_ND) * self.config.num_experts_per_tok <= self.config.n_routed_experts and not self.training:
-                out = self._few_tokens(x_ND, experts, weights)
-                if out is not None:
-                    return out.view_as(hidden_states)
-            shared_ND = self.shared_experts(hidden_states).flatten(0, -2)
-            return self.experts(x_ND, experts, weights, shared=shared_ND).view_as(hidden_states)
-        return self.experts(x_ND, experts, weights).view_as(hidden_states) + self.shared_experts(hidden_states)
+        return self.feed(hidden_states.flatten(0, -2), experts, weights).view_as(hidden_states)
 
-    def _few_tokens(self, x_ND: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor | None:
-        """[N, D] in two launches, if the kernels have that for so few tokens; None if not."""
+    def feed(self, x_ND: Tensor, experts: Tensor, weights: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The experts [N, K] of `x_ND` by their `weights`, the shared ones, and a `residual` [N, D] if given."""
+        if self.shared_experts is None:
+            fed = self.experts(x_ND, experts, weights)
+        elif self._adds_shared_inside():
+            if len(x_ND) * self.config.num_experts_per_tok <= self.config.n_routed_experts and not self.training:
+                fed = self._few_tokens(x_ND, experts, weights, residual)
+                if fed is not None:
+                    return fed
+            fed = self.experts(x_ND, experts, weights, shared=self.shared_experts(x_ND))
+        else:
+            fed = self.experts(x_ND, experts, weights) + self.shared_experts(x_ND)
+        return fed if residual is None else residual + fed
+
+    def _few_tokens(
+        self, x_ND: Tensor, top_k_index: Tensor, top_k_weights: Tensor, residual: Tensor | None
+    ) -> Tensor | None:
+        """`feed` in two launches, if the kernels have that for so few tokens; None if not."""
         shared, routed = self.shared_experts, self.experts
         projections = (shared.gate_proj, shared.up_proj, shared.down_proj)
         modules = (shared, *projections)
@@ -271,7 +282,8 @@ class LamoeMoE(nn.Module):
 
         weights = tuple(projection.weight for projection in projections)
         act = activation_name(routed.act_fn)
-        return few_experts(x_ND, top_k_index, top_k_weights, routed.gate_up_proj, routed.down_proj, weights, act)
+        tensors = routed.gate_up_proj, routed.down_proj, weights
+        return few_experts(x_ND, top_k_index, top_k_weights, *tensors, act, residual)
 
     def _adds_shared_inside(self) -> bool:
         """Whether the experts' call may add the shared output: nobody else looks at its result, or sums up several."""

@@ -15,14 +15,16 @@ MAX_LINES = 600
 # A file of modeling/ may import from the rows above its own: neither from its own row nor from those below.
 MODELING = (
     ("configuration_lamoe",),
+    ("kernels_launch",),
     ("kernels_plan", "kernels_router"),
     ("kernels_gemm",),
     ("kernels_decode", "kernels_attention"),
-    ("kernels_tiles",),
+    ("kernels_tiles", "kernels_step"),
     ("kernels_moe",),
     ("precision", "experts", "cache"),
     ("attention", "moe"),
-    ("losses", "mtp", "generation", "decode_graph"),
+    ("losses", "mtp", "decode_graph", "decode_step"),
+    ("generation",),
     ("modeling_lamoe",),
     ("hub", "balance", "lora", "native"),
     ("__init__",),

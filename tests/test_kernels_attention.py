@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-from lamoe.attention import LamoeRMSNorm, rotate_pairs
-
 kernels = pytest.importorskip("lamoe.kernels_attention")
 latent_decode, latent_decode_pages = kernels.latent_decode, kernels.latent_decode_pages
 
@@ -181,10 +179,6 @@ def test_the_operator_is_registered_properly():
     c0, c1 = step.c.chunk(2, -1)
     arguments = (step.q, step.r, c0, c1, step.k, None, step.lengths, None, None, None, 0, 20, SCALING, False)
     torch.library.opcheck(kernels._latent_decode, arguments)
-    angles, buffers = torch.ones(1, 1, 8, device=DEVICE), (torch.zeros_like(step.c), torch.zeros_like(step.k))
-    kv, q = torch.ones(2, 1, 48, device=DEVICE), torch.ones(2, 16, 1, 16, device=DEVICE)
-    arguments = (kv, kv.new_ones(32), 1e-6, q, angles, angles, step.lengths, *buffers, True)
-    torch.library.opcheck(kernels.write_latents, arguments)
 
 
 @pytest.mark.parametrize(
@@ -210,32 +204,6 @@ def test_refusal_off_the_gpu(monkeypatch):
         ValueError, match="the cache is on 'cpu', and Triton runs on CUDA and ROCm devices; use mla_impl"
     ):
         step.run()
-
-
-@pytest.mark.parametrize("T, one_position", [(1, True), (3, False)])
-@pytest.mark.parametrize("interleaved", [True, False])
-@pytest.mark.parametrize("R", [0, 8, 20])
-def test_write_latents(R, interleaved, T, one_position):
-    B, H, C, room = 2, 19, 24, 11
-    generator = torch.Generator().manual_seed(3)
-
-    def draw(*shape):
-        return torch.randn(shape, generator=generator).to(DEVICE)
-
-    kv, q = draw(B, T, C + R), draw(B, T, H, 6 + R)[..., 6:].transpose(1, 2)
-    cos, sin = (draw(1 if one_position else B, T, R // 2) for _ in range(2))
-    norm = LamoeRMSNorm(C, 1e-5).to(DEVICE)
-    norm.weight.data = draw(C)
-    lengths = torch.tensor([5, 11], device=DEVICE, dtype=torch.int32)
-    c, k = (torch.full((B, room, width), float("nan"), device=DEVICE) for width in (C, R))
-    r = kernels.write_latents(kv, norm.weight.data, 1e-5, q, cos, sin, lengths, c, k, interleaved)
-    turned = rotate_pairs(torch.cat((q, kv[:, None, :, C:]), dim=1), cos, sin, interleaved)
-    torch.testing.assert_close(r, turned[:, :H].transpose(0, 1))
-    for b, last in enumerate(lengths.tolist()):
-        torch.testing.assert_close(c[b, last - T : last], norm(kv[b, :, :C]))
-        torch.testing.assert_close(k[b, last - T : last], turned[b, H])
-        for part in (c, k):
-            assert part[b, : last - T].isnan().all() and part[b, last:].isnan().all()
 
 
 # What needs a GPU.

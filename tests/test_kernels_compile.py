@@ -121,11 +121,14 @@ def compile_all(name: str):
         return tiles.CDNA if hip else tiles.TABLE[max(key for key in tiles.TABLE if key <= target.arch)]
 
     tiles._device = device
+    early = {"PDL": True, "launch_pdl": True} if not hip and target.arch >= 90 else {"PDL": False}
     for module in modules.values():
         if hasattr(module, "has_tma"):
             module.has_tma = lambda x: not hip and target.arch >= 90
         if hasattr(module, "multiprocessors"):
             module.multiprocessors = lambda x: 132
+        if hasattr(module, "overlapping"):
+            module.overlapping = lambda x: early
 
     E, K = 64, 8
 
@@ -204,18 +207,34 @@ def compile_all(name: str):
                 q, r, slots, slots, table, page, lengths, scaling=1.0, starts_B=starts, longest=S
             )
 
+    step = modules["kernels_step"]
+    step.INTERPRETER = step.streaming_tile(2048, 2)
+
+    def few_tokens(dtype, B=2, H=16, D=2048, S=300):
+        context["case"] = "a step of few tokens"
+        x, weight = torch.empty(B, D, dtype=dtype), torch.empty(576, D, dtype=dtype)
+        norm, angles, lengths = torch.empty(D, dtype=dtype), torch.empty(B, 1, 32), torch.zeros(B, dtype=torch.int32)
+        step.norm_linear(x, norm, 1e-6, weight, weight)
+        step.norm_router(x, norm, 1e-6, torch.empty(64, D))
+        step.linear_add(x, weight, weight[:B, :576].contiguous())
+        kv, q = torch.empty(B, 1, 576, dtype=dtype), torch.empty(B, H, 1, 64, dtype=dtype)
+        buffers = torch.empty(B, S, 512, dtype=dtype), torch.empty(B, S, 64, dtype=dtype)
+        up = torch.empty(H, 128, 512, dtype=dtype)
+        for interleaved, absorbs in ((True, (q[..., :1].expand(-1, -1, -1, 128), up)), (False, (None, None))):
+            step.write_latents(kv, norm[:512], 1e-6, q, angles, angles, lengths, *buffers, interleaved, *absorbs)
+        latent = torch.empty(H, B, 1, 512, dtype=dtype)
+        for count in (B, 200):  # with and without splits
+            c, k = torch.empty(count, S, 512, dtype=dtype), torch.empty(count, S, 64, dtype=dtype)
+            queries = latent[:, :1].expand(-1, count, -1, -1), latent[:, :1, :, :64].expand(-1, count, -1, -1)
+            step.decode_values(*queries, c, k, torch.zeros(count, dtype=torch.int32), None, up, scaling=1.0)
+
     for dtype in (torch.bfloat16, torch.float32):
         context["dtype"] = str(dtype)[6:]
         decode(dtype, 16, 8)
         decode(dtype, 128, 8)
         decode(dtype, 16, 200, seen=True)
         decode(dtype, 16, 8, page=1)
-        kv, q = torch.empty(8, 1, 576, dtype=dtype), torch.empty(8, 16, 1, 64, dtype=dtype)
-        angles, lengths = torch.empty(8, 1, 32), torch.zeros(8, dtype=torch.int32)
-        buffers = torch.empty(8, 300, 512, dtype=dtype), torch.empty(8, 300, 64, dtype=dtype)
-        norm = torch.empty(512, dtype=dtype)
-        for interleaved in (True, False):
-            attention.write_latents(kv, norm, 1e-6, q, angles, angles, lengths, *buffers, interleaved)
+        few_tokens(dtype)
     context["dtype"] = "bfloat16"
     decode(torch.bfloat16, 20, 8)
     decode(torch.bfloat16, 24, 200)

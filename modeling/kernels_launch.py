@@ -1,0 +1,39 @@
+"""Programmatic dependent launch: on Hopper and later a kernel starts while the one before it on the stream still ends.
+
+Chains of short kernels, as a decode step has them, lose a microsecond or two at each border without it. The rule that
+keeps it right: a kernel calls `await_kernels` before it reads what another kernel has just written, or writes anything
+itself; only weights may be loaded sooner. Since each lets the next one start after that call, whatever ran before a
+kernel's predecessor has ended when the kernel starts.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+try:  # inside `try`, or the Hub loader refuses the whole model where Triton is missing
+    import triton
+    import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError as error:
+    raise ImportError(
+        "The fused kernels need Triton: pip install triton, or choose the eager implementations."
+    ) from error
+
+
+@triton.jit
+def await_kernels(PDL: tl.constexpr):
+    """Wait for the kernel before this one, if this one was started early, and let the next one start."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+def overlapping(x: Tensor) -> dict[str, bool]:
+    """Options of the launch of a kernel with the parameter `PDL` that calls `await_kernels`, on x's device."""
+    return {"PDL": True, "launch_pdl": True} if x.is_cuda and _supported(x.device) else {"PDL": False}
+
+
+@functools.cache
+def _supported(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9

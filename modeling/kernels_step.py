@@ -1,0 +1,342 @@
+"""Triton kernels of a decode step of a few tokens, where launches and the weights' bytes are all that counts.
+
+Letters: N tokens (B sequences of T), D width, H heads, C latent rank, P plain and R rotary width of a query head, V
+value width. Each weight row is read as a stream, with the norm before the product, the residual behind it, the cache's
+write or the merge of the attention's splits in the same launch. The eager forms, which define the results, are
+attention.LamoeRMSNorm, torch.nn.functional.linear and attention.LamoeAttention.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .kernels_attention import check, split_decode
+from .kernels_launch import await_kernels, overlapping
+
+try:  # inside `try`, or the Hub loader refuses the whole model where Triton is missing
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError(
+        "The latent decode kernel needs Triton: pip install triton, or mla_implementation='eager'."
+    ) from error
+
+_NAMESPACE = __name__.replace(".", "_")  # two revisions of a checkpoint may share a process
+MOST_ROWS = 4  # tokens; each reads the weights for itself, from the L2 cache but for the first
+
+
+class RowsTile(NamedTuple):
+    """Weight rows and inner depth that a block reads at a time, and its warps."""
+
+    rows: int
+    depth: int
+    warps: int
+
+
+INTERPRETER = RowsTile(8, 16, 1)
+
+
+def streaming_tile(width: int, itemsize: int) -> RowsTile:
+    """The tile for rows of `width` numbers of `itemsize` bytes on a GPU; the best of 40 on an H100."""
+    if itemsize == 4:
+        return RowsTile(2, min(2048, triton.next_power_of_2(width)), 8)
+    return RowsTile(1, 4096, 8) if width >= 8192 else RowsTile(1, min(1024, triton.next_power_of_2(width)), 4)
+
+
+@triton.jit
+def _linear_kernel(
+    x_ptr, norm_ptr, w0_ptr, w1_ptr, add_ptr, out_ptr, normed_ptr, s_x, eps, D: tl.constexpr, R0: tl.constexpr,
+    R1: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr, KEEP: tl.constexpr, ROWS: tl.constexpr,
+    DEPTH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """ROWS columns of out[n] = W norm(x[n]) + add[n], [N, R0 + R1] of W0 [R0, D] and W1 [R1, D], one after the other.
+
+    The norm's factor of a token comes last: one pass over x and W. KEEP: program 0 writes the normed x [N, D].
+    """
+    BLOCKS0: tl.constexpr = (R0 + ROWS - 1) // ROWS
+    n = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * ROWS
+    w_ptr = w0_ptr
+    width = R0
+    column = 0
+    if R1 > 0:  # noqa: SIM102 (a constant, or the branch is compiled)
+        if tl.program_id(0) >= BLOCKS0:
+            row = (tl.program_id(0) - BLOCKS0) * ROWS
+            w_ptr = w1_ptr
+            width = R1
+            column = R0
+    rows = row + tl.arange(0, ROWS)
+    w_rows = w_ptr + rows.to(tl.int64)[:, None] * D
+    inside = (rows < width)[:, None]
+    d = tl.arange(0, DEPTH)
+    products = tl.zeros((ROWS, DEPTH), tl.float32)
+    squares = tl.zeros((DEPTH,), tl.float32)
+    next_w = tl.load(w_rows + d[None, :], mask=inside & (d < D)[None, :], other=0.0)
+    await_kernels(PDL)
+    for first in tl.range(0, D, DEPTH):
+        c = first + d
+        w = next_w
+        next_w = tl.load(w_rows + (c + DEPTH)[None, :], mask=inside & (c + DEPTH < D)[None, :], other=0.0)
+        x = tl.load(x_ptr + n * s_x + c, mask=c < D, other=0.0).to(tl.float32)
+        if NORM:
+            squares += x * x
+            x *= tl.load(norm_ptr + c, mask=c < D, other=0.0).to(tl.float32)
+        products += w.to(tl.float32) * x[None, :]
+    y = tl.sum(products, axis=1)
+    if NORM:
+        factor = tl.rsqrt(tl.sum(squares, axis=0) / D + eps)
+        y *= factor
+        if KEEP:  # noqa: SIM102
+            if tl.program_id(0) == 0:
+                for first in tl.range(0, D, DEPTH):
+                    c = first + d
+                    x = tl.load(x_ptr + n * s_x + c, mask=c < D, other=0.0).to(tl.float32) * factor
+                    x *= tl.load(norm_ptr + c, mask=c < D, other=0.0).to(tl.float32)
+                    tl.store(normed_ptr + n * D + c, x.to(normed_ptr.dtype.element_ty), mask=c < D)
+    if ADD:
+        y += tl.load(add_ptr + n * R0 + rows, mask=rows < width, other=0.0).to(tl.float32)
+    tl.store(out_ptr + n * (R0 + R1) + column + rows, y.to(out_ptr.dtype.element_ty), mask=rows < width)
+
+
+def _launch_linear(x, norm, eps, w0, w1, add, out, normed):
+    N, D = x.shape
+    tile = streaming_tile(D, w0.itemsize) if x.is_cuda else INTERPRETER
+    blocks = triton.cdiv(len(w0), tile.rows) + (0 if w1 is None else triton.cdiv(len(w1), tile.rows))
+    if N:
+        with torch.cuda.device_of(x):
+            _linear_kernel[(blocks, N)](
+                x, norm, w0, w1, add, out, normed, x.stride(0), eps, D=D, R0=len(w0), R1=0 if w1 is None else len(w1),
+                ADD=add is not None, NORM=norm is not None, KEEP=normed is not None, ROWS=tile.rows, DEPTH=tile.depth,
+                num_warps=tile.warps, **overlapping(x),
+            )  # fmt: skip
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::norm_linear", mutates_args=())
+def norm_linear(x_ND: Tensor, norm_D: Tensor, eps: float, w0: Tensor, w1: Tensor | None) -> Tensor:
+    """Products of the normed x with both weights, beside each other: [N, R0 + R1] in x's dtype.
+
+    Args:
+        x_ND: strided rows. norm_D: weight of the norm. w0, w1: [R0, D] and [R1, D], contiguous, of one dtype.
+    """
+    out = x_ND.new_empty((len(x_ND), len(w0) + (0 if w1 is None else len(w1))))
+    _launch_linear(x_ND, norm_D, eps, w0, w1, None, out, None)
+    return out
+
+
+@norm_linear.register_fake
+def _(x_ND, norm_D, eps, w0, w1):
+    return x_ND.new_empty((len(x_ND), len(w0) + (0 if w1 is None else len(w1))))
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::norm_router", mutates_args=())
+def norm_router(x_ND: Tensor, norm_D: Tensor, eps: float, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
+    """The normed x [N, D] in its dtype, and the router's logits of it [N, E] float32, of a float32 weight."""
+    out, normed = weight_ED.new_empty((len(x_ND), len(weight_ED))), x_ND.new_empty(x_ND.shape)
+    _launch_linear(x_ND, norm_D, eps, weight_ED, None, None, out, normed)
+    return normed, out
+
+
+@norm_router.register_fake
+def _(x_ND, norm_D, eps, weight_ED):
+    return x_ND.new_empty(x_ND.shape), weight_ED.new_empty((len(x_ND), len(weight_ED)))
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::linear_add", mutates_args=())
+def linear_add(x_ND: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+    """residual + x Wᵀ, [N, R], rounded once. weight: [R, D]; residual: [N, R], contiguous."""
+    out = torch.empty_like(residual)
+    _launch_linear(x_ND, None, 0.0, weight, None, residual, out, None)
+    return out
+
+
+@linear_add.register_fake
+def _(x_ND, weight, residual):
+    return torch.empty_like(residual)
+
+
+@triton.jit
+def _turn(pairs, other: tl.constexpr, cos, sin, to, half: tl.constexpr, mask):
+    """Rotate pairs, whose second numbers lie `other` further, to first halves and, `half` further, second ones."""
+    first = tl.load(pairs, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(pairs + other, mask=mask, other=0.0).to(tl.float32)
+    tl.store(to, (first * cos - second * sin).to(to.dtype.element_ty), mask=mask)
+    tl.store(to + half, (second * cos + first * sin).to(to.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["room", "T"])
+def _write_kernel(
+    kv_ptr, norm_ptr, q_ptr, plain_ptr, up_ptr, cos_ptr, sin_ptr, lengths_ptr, c_ptr, k_ptr, r_ptr, absorbed_ptr, eps,
+    room, B, T, s_kv_b, s_kv_t, sq_b, sq_t, sq_h, sp_b, sp_t, sp_h, s_up, s_cos_b, s_cos_t,
+    H: tl.constexpr, C: tl.constexpr, R: tl.constexpr, P: tl.constexpr, INTERLEAVED: tl.constexpr,
+    HEADS: tl.constexpr, TURNS: tl.constexpr, CP: tl.constexpr, PAIRS: tl.constexpr, PP: tl.constexpr,
+    COLUMNS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Of one token: program 0 norms the latent, rotates the key and writes both; the next TURNS rotate HEADS queries
+    each; the others, if P > 0, take COLUMNS of a head's plain query [P] times its up-projection [P, C]."""
+    token = tl.program_id(0)
+    b = token // T
+    t = token % T
+    if tl.program_id(1) > TURNS:
+        if P > 0:
+            h = (tl.program_id(1) - 1 - TURNS) // (C // COLUMNS)
+            c = (tl.program_id(1) - 1 - TURNS) % (C // COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)
+            p = tl.arange(0, PP)
+            at = up_ptr + h.to(tl.int64) * s_up + p[:, None] * C + c[None, :]
+            w = tl.load(at, mask=(p < P)[:, None], other=0.0)
+            await_kernels(PDL)
+            x = tl.load(plain_ptr + b.to(tl.int64) * sp_b + t * sp_t + h * sp_h + p, mask=p < P, other=0.0)
+            y = tl.sum(w.to(tl.float32) * x.to(tl.float32)[:, None], axis=0)
+            to = absorbed_ptr + ((h * B + b).to(tl.int64) * T + t) * C + c
+            tl.store(to, y.to(absorbed_ptr.dtype.element_ty))
+    else:
+        await_kernels(PDL)
+        i = tl.arange(0, PAIRS)
+        half: tl.constexpr = R // 2
+        real = i < half
+        step: tl.constexpr = 2 if INTERLEAVED else 1
+        other: tl.constexpr = 1 if INTERLEAVED else R // 2
+        cos = tl.load(cos_ptr + b * s_cos_b + t * s_cos_t + i, mask=real, other=0.0).to(tl.float32)
+        sin = tl.load(sin_ptr + b * s_cos_b + t * s_cos_t + i, mask=real, other=0.0).to(tl.float32)
+        if tl.program_id(1) == 0:
+            slot = b.to(tl.int64) * room + tl.load(lengths_ptr + b) - T + t
+            row = kv_ptr + b.to(tl.int64) * s_kv_b + t * s_kv_t
+            column = tl.arange(0, CP)
+            latent = tl.load(row + column, mask=column < C, other=0.0).to(tl.float32)
+            latent *= tl.rsqrt(tl.sum(latent * latent, axis=0) / C + eps)
+            latent *= tl.load(norm_ptr + column, mask=column < C, other=0.0).to(tl.float32)
+            tl.store(c_ptr + slot * C + column, latent.to(c_ptr.dtype.element_ty), mask=column < C)
+            _turn(row + C + step * i, other, cos, sin, k_ptr + slot * R + i, half, real)
+        else:
+            heads = (tl.program_id(1) - 1) * HEADS + tl.arange(0, HEADS)
+            pairs = q_ptr + (b.to(tl.int64) * sq_b + t * sq_t + heads * sq_h)[:, None] + step * i[None, :]
+            turned = r_ptr + ((heads * B + b).to(tl.int64) * T + t)[:, None] * R + i[None, :]
+            _turn(pairs, other, cos[None, :], sin[None, :], turned, half, (heads < H)[:, None] & real[None, :])
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::write_latents", mutates_args=("c", "k"))
+def write_latents(
+    kv: Tensor, norm: Tensor, eps: float, q: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor, c: Tensor, k: Tensor,
+    interleaved: bool, plain: Tensor | None = None, up_key: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Norm the latents of T new tokens, rotate their keys and queries, and write what is cached, in one launch.
+
+    The eager form is LamoeRMSNorm and attention.rotate_pairs. Tensors are contiguous but for kv, queries and angles.
+
+    Args:
+        kv: [B, T, C + R], strided, latents and keys as kv_a_proj_with_mqa gives them.
+        norm: [C], weight of the norm.
+        q: [B, H, T, R], strided. cos, sin: [B or 1, T, R/2].
+        lengths: [B], with the new tokens, which are the last ones.
+        c, k: [B, room, C] and [B, room, R]; written.
+        plain, up_key: plain queries [B, H, T, P], strided, and W_UK [H, P, C] with contiguous heads, to absorb the
+            latter into the former; for a few tokens.
+
+    Returns:
+        the rotated queries [H, B, T, R], and the latent ones [H, B, T, C] or, without `up_key`, [0]; contiguous.
+    """
+    B, H, T, R = q.shape
+    C = norm.shape[0]
+    r = q.new_empty((H, B, T, R))
+    absorbed = q.new_empty(0 if up_key is None else (H, B, T, C))
+    P = 0 if up_key is None else up_key.shape[1]
+    heads, columns = 16, min(C, 64)
+    turns = triton.cdiv(H, heads) * (R > 0)
+    if B * T:
+        with torch.cuda.device_of(q):
+            _write_kernel[(B * T, 1 + turns + (H * (C // columns) if P else 0))](
+                kv, norm, q, plain, up_key, cos, sin, lengths, c, k, r, absorbed, eps, c.shape[1], B, T,
+                *kv.stride()[:2], q.stride(0), q.stride(2), q.stride(1),
+                *((plain.stride(0), plain.stride(2), plain.stride(1), up_key.stride(0)) if P else (0, 0, 0, 0)),
+                0 if len(cos) == 1 else cos.stride(0), cos.stride(1),
+                H=H, C=C, R=R, P=P, INTERLEAVED=interleaved, HEADS=heads, TURNS=turns, CP=triton.next_power_of_2(C),
+                PAIRS=max(1, triton.next_power_of_2(R // 2)), PP=triton.next_power_of_2(max(P, 1)), COLUMNS=columns,
+                num_warps=4, **overlapping(q),
+            )  # fmt: skip
+    return r, absorbed
+
+
+@write_latents.register_fake
+def _(kv, norm, eps, q, cos, sin, lengths, c, k, interleaved, plain=None, up_key=None):
+    B, H, T, R = q.shape
+    return q.new_empty((H, B, T, R)), q.new_empty(0 if up_key is None else (H, B, T, len(norm)))
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _values_kernel(
+    parts_ptr, masses_ptr, up_ptr, out_ptr, splits, B, T, s_up, H: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+    PARTS: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """ROWS values of a head of one token: its up-projection [V, C] times the merged sums of all splits."""
+    BLOCKS: tl.constexpr = (V + ROWS - 1) // ROWS
+    h = tl.program_id(0) // BLOCKS
+    v = tl.program_id(0) % BLOCKS * ROWS + tl.arange(0, ROWS)
+    n = tl.program_id(1)
+    x = h.to(tl.int64) * B * T + n
+    c = tl.arange(0, C)
+    w = tl.load(up_ptr + h.to(tl.int64) * s_up + v[:, None] * C + c[None, :], mask=(v < V)[:, None], other=0.0)
+    await_kernels(PDL)
+    if PARTS:
+        top = tl.full((AT_ONCE,), float("-inf"), tl.float32)
+        for first in tl.range(0, splits, AT_ONCE):
+            s = first + tl.arange(0, AT_ONCE)
+            top = tl.maximum(top, tl.load(masses_ptr + 2 * (x * splits + s), mask=s < splits, other=float("-inf")))
+        best = tl.max(top, axis=0)
+        base = tl.where(best == float("-inf"), 0.0, best)
+        mass = 0.0
+        total = tl.zeros((C,), tl.float32)
+        for first in tl.range(0, splits, AT_ONCE):
+            s = first + tl.arange(0, AT_ONCE)
+            at = masses_ptr + 2 * (x * splits + s)
+            weight = tl.exp2(tl.load(at, mask=s < splits, other=float("-inf")) - base)
+            mass += tl.sum(weight * tl.load(at + 1, mask=s < splits, other=0.0))
+            # an empty split has written no sums
+            sums_at = parts_ptr + (x * splits + s)[:, None] * C + c[None, :]
+            part = tl.load(sums_at, mask=(weight > 0)[:, None], other=0.0)
+            total += tl.sum(part * weight[:, None], axis=0)
+        total *= tl.where(mass > 0, 1.0 / mass, 0.0)
+    else:
+        total = tl.load(parts_ptr + x * C + c).to(tl.float32)
+    y = tl.sum(w.to(tl.float32) * total[None, :], axis=1)
+    tl.store(out_ptr + n.to(tl.int64) * (H * V) + h * V + v, y.to(out_ptr.dtype.element_ty), mask=v < V)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::decode_values", mutates_args=())
+def _decode_values(
+    q: Tensor, r: Tensor, c: Tensor, k: Tensor, lengths: Tensor, seen: Tensor | None, up_value: Tensor, scaling: float
+) -> Tensor:
+    """[B, T, H V] of q [H, B, T, C], r [H, B, T, R] and W_UV [H, V, C]."""
+    H, B, T, C = q.shape
+    V = up_value.shape[1]
+    out = q.new_empty((B, T, H * V))
+    if not out.numel():
+        return out
+    c0, c1 = c.tensor_split(2, dim=-1)
+    sums, masses, _, splits = split_decode(
+        q, r, c0, c1, k, None, lengths, seen, None, None, 0, c.shape[1], scaling, False
+    )
+    rows = 16
+    with torch.cuda.device_of(q):
+        _values_kernel[(H * triton.cdiv(V, rows), B * T)](
+            sums, masses, up_value, out, splits, B, T, up_value.stride(0), H=H, V=V, C=C, PARTS=splits > 1, ROWS=rows,
+            AT_ONCE=8, num_warps=4, **overlapping(q),
+        )  # fmt: skip
+    return out
+
+
+@_decode_values.register_fake
+def _(q, r, c, k, lengths, seen, up_value, scaling):
+    return q.new_empty((q.shape[1], q.shape[2], q.shape[0] * up_value.shape[1]))
+
+
+def decode_values(
+    q_HBTC: Tensor, r_HBTR: Tensor, c_BSC: Tensor, k_BSR: Tensor, lengths_B: Tensor, seen_BS: Tensor | None,
+    up_value_HVC: Tensor, *, scaling: float,
+) -> Tensor:  # fmt: skip
+    """`kernels_attention.latent_decode` and each head's values of it, o·W_UVᵀ: [B, T, H V], for a few tokens.
+
+    Args:
+        up_value_HVC: heads may be strided; each is contiguous.
+    """
+    check(q_HBTC, r_HBTR)
+    return _decode_values(q_HBTC, r_HBTR, c_BSC, k_BSR, lengths_B, seen_BS, up_value_HVC, scaling)

@@ -1,0 +1,166 @@
+"""The kernels of a decode step against norm, linear and attention in float64; a fused layer against the layer."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lamoe import modeling_lamoe
+from lamoe.attention import LamoeRMSNorm, rotate_pairs
+from lamoe.cache import GrowingCache
+from tests.kernels import assert_within_budget
+from tests.tiny import lamoe_model, random_ids
+
+kernels = pytest.importorskip("lamoe.kernels_step")
+latent_decode = pytest.importorskip("lamoe.kernels_attention").latent_decode
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"  # on CPU Triton interprets
+DTYPES = [torch.bfloat16, torch.float16, torch.float32] if GPU else [torch.float32]
+EPS = 1e-5
+
+
+def random(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def norm(x, weight):
+    return F.rms_norm(x, weight.shape, weight, EPS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("N, D, rows", [(1, 40, (50, 7)), (3, 32, (8, 16)), (4, 24, (5, None)), (2, 1, (3, 2))])
+def test_norm_linear(N, D, rows, dtype):
+    x, weight = random(N, D + 5, dtype=dtype)[:, :D], random(D, seed=1, dtype=dtype)
+    w0, w1 = (None if r is None else random(r, D, seed=2 + r, dtype=dtype) for r in rows)
+    both = w0 if w1 is None else torch.cat((w0, w1))
+    got = kernels.norm_linear(x, weight, EPS, w0, w1)
+    exact = norm(x.double(), weight.double()) @ both.double().T
+    assert_within_budget("products", got, norm(x, weight) @ both.T, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norm_router(dtype):
+    x, weight, router = random(3, 40, dtype=dtype), random(40, seed=1, dtype=dtype), random(9, 40, seed=2)
+    normed, logits = kernels.norm_router(x, weight, EPS, router)
+    exact = norm(x.double(), weight.double())
+    assert_within_budget("normed", normed, norm(x, weight), exact)
+    assert_within_budget("logits", logits, norm(x, weight).float() @ router.T, exact @ router.double().T)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear_add(dtype):
+    x, weight, residual = random(2, 40, dtype=dtype), random(21, 40, seed=1, dtype=dtype), random(2, 21, dtype=dtype)
+    exact = residual.double() + x.double() @ weight.double().T
+    assert_within_budget("sum", kernels.linear_add(x, weight, residual), residual + x @ weight.T, exact)
+
+
+def test_nothing_in_nothing_out():
+    assert kernels.norm_linear(random(0, 8), random(8), EPS, random(3, 8), None).shape == (0, 3)
+    assert kernels.linear_add(random(0, 8), random(3, 8), random(0, 3)).shape == (0, 3)
+
+
+@pytest.mark.parametrize("T, one_position", [(1, True), (3, False)])
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("P, R", [(6, 0), (16, 8), (12, 20)])
+def test_write_latents(P, R, interleaved, T, one_position):
+    B, H, C, room = 2, 19, 32, 11
+    kv, q = random(B, T, C + R + 3)[..., : C + R], random(B, T, H, P + R, seed=1).transpose(1, 2)
+    plain, q = q.split((P, R), dim=-1)
+    up_key = random(H, P + 5, C, seed=2)[:, :P]
+    cos, sin = (random(1 if one_position else B, T, R // 2, seed=3 + i) for i in range(2))
+    layer = LamoeRMSNorm(C, EPS).to(DEVICE)
+    layer.weight.data = random(C, seed=5)
+    lengths = torch.tensor([5, 11], device=DEVICE, dtype=torch.int32)
+    turned = rotate_pairs(torch.cat((q, kv[:, None, :, C:]), dim=1), cos, sin, interleaved)
+    for absorbs in ((), (plain, up_key)):
+        c, k = (torch.full((B, room, width), float("nan"), device=DEVICE) for width in (C, R))
+        arguments = kv, layer.weight.data, EPS, q, cos, sin, lengths, c, k, interleaved, *absorbs
+        r, latent = kernels.write_latents(*arguments)
+        torch.testing.assert_close(r, turned[:, :H].transpose(0, 1))
+        expected = torch.einsum("bhtp,hpc->hbtc", plain, up_key) if absorbs else r.new_empty(0)
+        torch.testing.assert_close(latent, expected, rtol=1e-5, atol=1e-5)
+        for b, last in enumerate(lengths.tolist()):
+            torch.testing.assert_close(c[b, last - T : last], layer(kv[b, :, :C]))
+            torch.testing.assert_close(k[b, last - T : last], turned[b, H])
+            for part in (c, k):
+                assert part[b, : last - T].isnan().all() and part[b, last:].isnan().all()
+
+
+@pytest.mark.parametrize("V, B, S", [(8, 2, 150), (20, 3, 7)])  # several splits, and one
+def test_decode_values(V, B, S):
+    H, T, C, R = 3, 2, 32, 8
+    q, r, c, k = random(H, B, T, C), random(H, B, T, R, seed=1), random(B, S, C, seed=2), random(B, S, R, seed=3)
+    up_value = random(H, V + 4, C, seed=4)[:, 4:]
+    lengths = torch.arange(S - B + 1, S + 1, device=DEVICE, dtype=torch.int32)
+    out, _ = latent_decode(q, r, c, k, lengths, scaling=0.2)
+    got = kernels.decode_values(q, r, c, k, lengths, None, up_value, scaling=0.2)
+    torch.testing.assert_close(got, torch.einsum("hbtc,hvc->bthv", out, up_value).flatten(2), rtol=1e-4, atol=1e-5)
+
+
+def test_operators():
+    x, weight, lengths = random(2, 16), random(16, seed=1), torch.tensor([3, 4], device=DEVICE, dtype=torch.int32)
+    torch.library.opcheck(kernels.norm_linear, (x, weight, EPS, random(5, 16), random(3, 16)))
+    torch.library.opcheck(kernels.norm_router, (x, weight, EPS, random(5, 16)))
+    torch.library.opcheck(kernels.linear_add, (x, random(5, 16), random(2, 5)))
+    kv, q, angles = random(2, 1, 48), random(2, 4, 1, 16), random(1, 1, 8)
+    c, k = random(2, 6, 32), random(2, 6, 16)
+    written = (kv, random(32), EPS, q, angles, angles, lengths, c, k, True)
+    torch.library.opcheck(kernels.write_latents, written)
+    torch.library.opcheck(kernels.write_latents, (*written, random(2, 4, 1, 6), random(4, 6, 32)))
+    latent, turned = random(4, 2, 1, 32), random(4, 2, 1, 16)
+    torch.library.opcheck(kernels._decode_values, (latent, turned, c, k, lengths, None, random(4, 8, 32), 0.2))
+
+
+@pytest.mark.parametrize("family, B", [("v3", 1), ("v2-lite", 3), ("glm-4.7-flash", 2)])
+def test_a_fused_layer_is_the_layer(family, B, tmp_path, monkeypatch):
+    """Recorded steps, in the order of a recording, against the same steps by the layers' own forward."""
+    _, model = lamoe_model(family, tmp_path, torch.float32, kv_lora_rank=32)
+    model.config.mla_implementation = "triton"
+    model.set_experts_implementation("lamoe" if GPU else "grouped_mm")  # the interpreter takes long
+    model.to(DEVICE)
+    ids = random_ids(B, 12).to(DEVICE)
+    calls, fused = [], modeling_lamoe.few_tokens_layer
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return fused(*arguments)
+
+    monkeypatch.setattr(modeling_lamoe, "few_tokens_layer", counted)
+
+    @torch.no_grad()
+    def logits(recorded: bool):
+        cache, found = GrowingCache(config=model.config), []
+        model(ids[:, :10], past_key_values=cache)
+        for i in (10, 11):
+            step = {"input_ids": ids[:, i : i + 1], "past_key_values": cache}
+            if recorded:
+                for layer in cache.layers:
+                    layer.make_room(1)
+                with cache.cursor_at(torch.full((1,), i, device=DEVICE)):
+                    found.append(model(position_ids=ids.new_full((B, 1), i), **step).logits)
+                for layer in cache.layers:
+                    layer.advance(1)
+            else:
+                found.append(model(**step).logits)
+        return torch.cat(found, dim=1), [layer.keys.clone() for layer in cache.layers]
+
+    expected, latents = logits(False)
+    assert not calls
+    got, written = logits(True)
+    assert len(calls) == 2 * model.config.num_hidden_layers
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    for a, b in zip(written, latents, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_not_fused(tmp_path):
+    _, model = lamoe_model("v3", tmp_path, torch.float32)
+    layer, x = model.model.layers[1], torch.zeros(1, 1, 32)
+    assert modeling_lamoe.fuses(layer, x)
+    assert not modeling_lamoe.fuses(layer, torch.zeros(5, 1, 32))
+    assert not modeling_lamoe.fuses(layer, x.double())
+    layer.self_attn.o_proj.bias = torch.nn.Parameter(torch.zeros(32))
+    assert not modeling_lamoe.fuses(layer, x)
+    layer.self_attn.o_proj.bias = None
+    layer.self_attn.q_b_proj = torch.nn.Sequential(layer.self_attn.q_b_proj)
+    assert not modeling_lamoe.fuses(layer, x)
