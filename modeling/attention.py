@@ -216,6 +216,16 @@ class DecodeView(NamedTuple):
     longest: int = 0
 
 
+def kernel_refusal(config, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the decode kernel cannot run for a model of this configuration, dtype and device; None if it can."""
+    try:
+        from .kernels_attention import refusal, why_not
+    except ImportError as error:
+        return str(error)
+    reason = why_not(1, config.kv_lora_rank, config.qk_rope_head_dim, dtype, device)
+    return refusal(reason) if reason else None
+
+
 def decode_view(config, x_BTD: Tensor, mask: Tensor | None, past, form: str | None, kwargs: dict) -> DecodeView | None:
     """The view of this step if the Triton kernel runs it, else None.
 
@@ -231,18 +241,14 @@ def decode_view(config, x_BTD: Tensor, mask: Tensor | None, past, form: str | No
         return None
     if implementation == "auto" and not x_BTD.is_cuda:
         return None
-    try:
-        from .kernels_attention import MOST_TOKENS, why_not
-    except ImportError as error:
-        if implementation == "triton":
-            raise ValueError(str(error)) from error
-        return None
     B, T, _ = x_BTD.shape
-    reason = why_not(1, config.kv_lora_rank, config.qk_rope_head_dim, x_BTD.dtype, x_BTD.device)
+    reason = kernel_refusal(config, x_BTD.dtype, x_BTD.device)
     if reason:
         if implementation == "triton":
-            raise ValueError(f"The latent decode kernel does not run here: {reason}; use mla_implementation='eager'.")
+            raise ValueError(reason)
         return None
+    from .kernels_attention import MOST_TOKENS
+
     if kwargs.get("output_attentions", config.output_attentions):
         return None
     if pages is not None:

@@ -22,6 +22,7 @@ class GrowingLayer(DynamicLayer):
     def __init__(self, *args, **kwargs):
         self._buffers: list[Tensor | None] = [None, None]
         self._length = 0
+        self.least_room = 0  # tokens for which buffers are made from the start
         self.version = 0  # counts replaced buffers
         self.cursor: Tensor | None = None  # [1]; see GrowingCache.cursor_at
         super().__init__(*args, **kwargs)
@@ -105,8 +106,9 @@ class GrowingLayer(DynamicLayer):
         S = self._length
         if self.room >= S + tokens:
             return
+        room = max(S + tokens + max(ROOM, S // 4), self.least_room)
         for which, old in enumerate(self._buffers):
-            longer = old.new_empty((*old.shape[:2], S + tokens + max(ROOM, S // 4), old.shape[-1]))
+            longer = old.new_empty((*old.shape[:2], room, old.shape[-1]))
             longer[..., :S, :] = old[..., :S, :]
             self._buffers[which] = longer
         self.version += 1
@@ -127,11 +129,18 @@ class GrowingLayer(DynamicLayer):
 
 
 class GrowingCache(DynamicCache):
-    """A DynamicCache whose full-attention layers grow in place: a step writes its own tokens and nothing else."""
+    """A DynamicCache whose full-attention layers grow in place: a step writes its own tokens and nothing else.
 
-    def __init__(self, *args, **kwargs):
+    Args:
+        room: tokens for which there is memory from the start.
+    """
+
+    def __init__(self, *args, room: int = 0, **kwargs):
         super().__init__(*args, **kwargs)
         self.layers = [_growing(layer) for layer in self.layers]
+        for layer in self.layers:
+            if type(layer) is GrowingLayer:
+                layer.least_room = room
         if self.layer_class_to_replicate is DynamicLayer:
             self.layer_class_to_replicate = GrowingLayer
         self.cursor: Tensor | None = None

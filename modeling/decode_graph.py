@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils import logging
 
-from .attention import decode_view
+from .attention import decode_view, kernel_refusal
 from .cache import GrowingCache, GrowingLayer
 from .experts import NAME
 
@@ -160,23 +160,35 @@ def settle(model, cache):
         model.model.refuse_nonfinite(checksums)
 
 
-def _why_not(model, input_ids: Tensor, mask: Tensor | None, cache) -> str | None:
-    """Why a step cannot be recorded, or None if it can."""
+def never_recorded(model, device: torch.device) -> str | None:
+    """Why no step of `model` on `device` can be recorded, whatever the cache; None if that depends on the cache."""
     config = model.config
+    if not can_record(device):
+        return "there are no CUDA graphs here"
     if _waits(model):
         return f"the experts run as {config._experts_implementation!r} in {model.dtype}, which waits for the GPU"
     if config.rope_parameters["rope_type"] not in _FIXED_ROPES:
         return "the rotary frequencies depend on the length"
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return "the model may be spread over processes"
-    if any(type(layer) is not GrowingLayer or not layer.is_initialized for layer in cache.layers):
-        return "the cache is not filled, or not of one kind"
-    if any(parameter.device != input_ids.device for parameter in model.parameters()):
+    if any(parameter.device != device for parameter in model.parameters()):
         return "the model is spread over devices"
     if any(_hooked(module) for module in model.modules()):
         return "a module has hooks"
+    if config.mla_implementation == "eager" or config.mla_form == "expanded":
+        return "the decode kernel is not chosen"
+    return kernel_refusal(config, model.dtype, device)
+
+
+def _why_not(model, input_ids: Tensor, mask: Tensor | None, cache) -> str | None:
+    """Why a step cannot be recorded, or None if it can."""
+    reason = never_recorded(model, input_ids.device)
+    if reason:
+        return reason
+    if any(type(layer) is not GrowingLayer or not layer.is_initialized for layer in cache.layers):
+        return "the cache is not filled, or not of one kind"
     x = model.model.embed_tokens.weight[:1, None].expand(len(input_ids), -1, -1)
-    if decode_view(config, x, mask, cache, None, {}) is None or not model.model.decodes(x):
+    if decode_view(model.config, x, mask, cache, None, {}) is None or not model.model.decodes(x):
         return "the decode kernel does not run here"
     return None
 

@@ -5,11 +5,11 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import torch
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, StaticCache, StaticLayer
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from .cache import GrowingCache
-from .decode_graph import settle
+from .decode_graph import never_recorded, settle
 
 _ONE_TOKEN = {"position_ids", "use_cache", "logits_to_keep"}
 MANY_ROWS = 20  # chosen experts a step, from which copying their weights costs more than grouped_mm's launches
@@ -55,7 +55,11 @@ class LamoeGenerationMixin:
         return super()._optimize_model_for_decode()
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        """Transformers' choice of a cache; its default one grows in place."""
+        """Transformers' choice of a cache; its default one grows in place.
+
+        So does a static one that would be compiled, if steps can be recorded instead: with all its room from the
+        start, it is faster and does not wait for a compiler. A `compile_config` asks for the compiler.
+        """
         given = model_kwargs.get("past_key_values")
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if type(given) is GrowingCache:
@@ -63,6 +67,14 @@ class LamoeGenerationMixin:
         cache = model_kwargs.get("past_key_values")
         if given is None and type(cache) is DynamicCache and not cache.offloading:
             model_kwargs["past_key_values"] = GrowingCache(config=self.config)
+        elif given is None and type(cache) is StaticCache and self._records_instead(cache, generation_config):
+            model_kwargs["past_key_values"] = GrowingCache(config=self.config, room=cache.layers[0].max_cache_len)
+
+    def _records_instead(self, cache: StaticCache, generation_config) -> bool:
+        if cache.offloading or generation_config.compile_config is not None or generation_config.disable_compile:
+            return False
+        untouched = all(type(layer) is StaticLayer and not layer.is_initialized for layer in cache.layers)
+        return untouched and not never_recorded(self, self.device)
 
     def prepare_inputs_for_generation(
         self, input_ids, next_sequence_length=None, past_key_values=None, attention_mask=None, **kwargs

@@ -468,4 +468,9 @@ def check(q: Tensor, r: Tensor):
     """Raise a ValueError if the kernel cannot take these queries [H, B, T, C] and [H, B, T, R]."""
     reason = why_not(q.shape[2], q.shape[3], r.shape[3], q.dtype, q.device)
     if reason:
-        raise ValueError(f"The latent decode kernel does not run here: {reason}; use mla_implementation='eager'.")
+        raise ValueError(refusal(reason))
+
+
+def refusal(reason: str) -> str:
+    """What users read who asked for the kernel."""
+    return f"The latent decode kernel does not run here: {reason}; use mla_implementation='eager'."
