@@ -1,6 +1,7 @@
-"""Lend the fused experts to models that are not ours: `boost` any Transformers model with experts in its registry.
+"""Lend the kernels to models that are not ours: `boost` any Transformers model with experts or latent attention.
 
-DBRX, whose experts are not, is reached by replacing the forward of its experts modules.
+Experts are reached through Transformers' registry, but for DBRX's: the forward of its experts modules is replaced.
+What happens to latent attention is told in native_attention.py.
 """
 
 import functools
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .experts import NAME, PARAMETRIZED, ExpertOptions, describe, unfit, warn_of_fallback
+from .native_attention import attention_modules, lend, take_back
 
 try:
     from .kernels_moe import GroupedRows, in_one_dtype
@@ -27,7 +29,7 @@ _FOREIGN = re.compile(r"(?<!Shared)Experts$|^JetMoeMo[AE]$|^DogeCDMoE$")
 
 @dataclass(frozen=True)
 class BoostRow:
-    """One layer: the experts module's name and class, the path that it takes now, and why not a faster one."""
+    """One layer: its module's name and class, the path that it takes now, and why not a faster one."""
 
     name: str
     kind: str
@@ -37,9 +39,10 @@ class BoostRow:
 
 @dataclass(frozen=True)
 class BoostReport:
-    """What runs where after `boost`, one row a layer with experts, in the model's order.
+    """What runs where after `boost`: one row a layer with experts, then one a layer of latent attention.
 
-    `path` is "fused", "composite", "grouped_mm" or "eager" (see experts.py), or "not reached".
+    `path` is "fused", "composite", "grouped_mm" or "eager" of experts (see experts.py); "triton", "absorbed" or
+    "expanded" of the decode steps of latent attention (see native_attention.py); or "not reached".
     """
 
     rows: tuple[BoostRow, ...]
@@ -63,28 +66,30 @@ class _Before:
 def boost(
     model: nn.Module, *, recompute: bool = False, batch_invariant: bool = False, accumulate: bool = False
 ) -> BoostReport:
-    """Let Lamoe's kernels run the experts of any Transformers model; parameters and saved files stay as they are.
+    """Let Lamoe's kernels run the experts of any Transformers model, and let its latent attention decode absorbed.
 
-    To be called again after what changes the answer (device, dtype, adapters), or to change an option.
+    Parameters, caches and saved files stay as they are. Of latent attention, steps of few new tokens over a cache are
+    changed; prefill, training, and calls with gradients or under autocast keep the stock forward. To be called again
+    after what changes the answer (device, dtype, adapters), or to change an option.
 
     Args:
-        model: a Transformers model, or one wrapped by PEFT, with experts in Transformers' registry, or DBRX.
+        model: a Transformers model, or one wrapped by PEFT.
         recompute: keep less for the backward, and compute a quarter more.
         batch_invariant: a token gets the same bits alone as in any batch; slower for few tokens.
         accumulate: the backward adds the expert weights' gradients to an existing `.grad` without a copy of its size.
-            The options act on "fused" layers only.
+            The options act on "fused" experts only.
 
     Returns:
         layer by layer, what runs now and why.
 
     Raises:
-        ValueError: the model has no experts.
+        ValueError: the model has neither experts nor latent attention.
     """
-    found = list(_experts_modules(model))
-    if not found:
+    found, latent = list(_experts_modules(model)), list(attention_modules(model))
+    if not found and not latent:
         raise ValueError(
-            f"{type(model).__name__} has no experts: no module in it is of a class with Transformers' "
-            f"@use_experts_implementation, a {_DBRX}, or called Experts."
+            f"{type(model).__name__} has neither experts nor latent attention: no module in it is of a class with "
+            f"Transformers' @use_experts_implementation, a {_DBRX}, or called Experts, and none has a kv_b_proj."
         )
     reached = [module for _, module in found if _in_registry(module) or _is_dbrx(module)]
     options = ExpertOptions(recompute, batch_invariant, accumulate)
@@ -94,18 +99,22 @@ def boost(
         module._lamoe_options = options
         if _is_dbrx(module):
             module.forward = functools.partial(_dbrx_forward, module)
-    for module in model.modules():
+    for module in model.modules() if reached else ():
         if isinstance(module, PreTrainedModel):
             module.set_experts_implementation(NAME)
     for module in reached:
         if _in_registry(module):  # the line above does nothing where the model class does not look switchable
             module.config._experts_implementation_internal = NAME
     adapted = _adapted(model)
-    return BoostReport(tuple(BoostRow(name, type(module).__name__, *_path(module, adapted)) for name, module in found))
+    rows = [BoostRow(name, type(module).__name__, *_path(module, adapted)) for name, module in found]
+    rows += [BoostRow(name, type(module).__name__, *lend(module)) for name, module in latent]
+    return BoostReport(tuple(rows))
 
 
 def unboost(model: nn.Module):
-    """Undo `boost`: the model computes its experts as it did before the first one."""
+    """Undo `boost`: the model computes everything as it did before the first one."""
+    for _, module in attention_modules(model):
+        take_back(module)
     for module in model.modules():
         before = module.__dict__.pop("_lamoe_before", None)
         if before is None:

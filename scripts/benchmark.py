@@ -28,7 +28,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from trl import TrlParser
 
-from lamoe import LamoeConfig, LamoeForCausalLM, boost
+from lamoe import LamoeConfig, LamoeForCausalLM, boost, unboost
 from lamoe.scripts.expert_speed import SHAPES, decode_cost, model_step_cost, train_cost
 from lamoe.scripts.expert_tiles import best_tiles
 from lamoe.scripts.result_tables import markdown_tables
@@ -48,7 +48,10 @@ class Arguments:
     context: list[int] = field(default_factory=lambda: [1024], metadata={"help": "Tokens in the cache."})
     new_tokens: int = field(default=64, metadata={"help": "Decode steps that are timed."})
     cache: str = field(default="static", metadata={"help": "decode: static (compiled) or dynamic."})
-    models: list[str] = field(default_factory=lambda: ["lamoe", "native"], metadata={"help": "decode: whom to run."})
+    models: list[str] = field(
+        default_factory=lambda: ["lamoe", "native"],
+        metadata={"help": "decode: whom to run; boosted is the native class after lamoe.boost."},
+    )
     price: float = field(default=2.5, metadata={"help": "decode: dollars that the machine costs an hour."})
     heads: list[int] = field(default_factory=lambda: [16, 64, 128], metadata={"help": "mla: query heads."})
     experts: str = field(default="default", metadata={"help": "decode: an experts implementation to force."})
@@ -119,14 +122,15 @@ def cache_bytes(arguments: Arguments) -> list[dict]:
 
 
 def attention_step(arguments: Arguments) -> list[dict]:
-    """One layer, one new token: the absorbed attention against the native class, and the memory that each takes."""
+    """One layer, one new token: ours, the native class and that class boosted, and the memory that each takes."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     ours, native = pair(arguments.preset, 1, device, dtype, dense=True)
     rows = []
     for batch, context in paired(arguments):
         row = {"preset": arguments.preset, "batch": batch, "context": context, "dtype": str(dtype)[6:]}
-        for name, model in (("lamoe", ours), ("native", native)):
+        for name, model in (("lamoe", ours), ("native", native), ("boosted", native)):
+            (boost if name == "boosted" else unboost)(model)
             row[f"{name}_ms"], row[f"{name}_temporary_mib"] = attention_cost(model, batch, context)
         row["speedup"] = row["native_ms"] / row["lamoe_ms"]
         rows.append(row)
@@ -176,14 +180,15 @@ def peak_of(profile) -> int:
 
 
 def decode(arguments: Arguments) -> list[dict]:
-    """Milliseconds a step of `generate`, ours and native, same weights, prompt and cache."""
+    """Milliseconds a step of `generate`, ours, native and native boosted: same weights, prompt and cache."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ours, native = pair(arguments.preset, arguments.layers, device, torch.bfloat16)
     rows = []
     for batch, context in paired(arguments):
-        for name, model in (("lamoe", ours), ("native", native)):
+        for name, model in (("lamoe", ours), ("native", native), ("boosted", native)):
             if name not in arguments.models:
                 continue
+            (boost if name == "boosted" else unboost)(model)
             if arguments.experts != "default":
                 model.set_experts_implementation(arguments.experts)
             step, prefill, peak = generate_cost(model, batch, context, arguments)

@@ -26,6 +26,7 @@ MODELING = (
     ("losses", "mtp", "decode_graph", "decode_step"),
     ("generation",),
     ("modeling_lamoe",),
+    ("native_attention",),
     ("hub", "balance", "lora", "native"),
     ("__init__",),
 )
