@@ -4,7 +4,8 @@ Letters: B batch, T new tokens, S cached + new, D hidden, H heads, C latent rank
 query-key head, V value width. What is cached is the normalised latent c [B, 1, S, C] and the rotated key k
 [B, 1, S, R] that all heads share; keys and values are never cached. Two forms of the same function:
 
-- expanded (many new tokens): keys and values are made from c, and Transformers' attention interface does the rest;
+- expanded (many new tokens): keys and values are made from c, and Transformers' attention interface does the rest; a
+  long prompt goes through it a few heads at a time (prefill.py);
 - absorbed (few new tokens): W_UK goes into the query and W_UV into the output, and attention runs over c and k.
 """
 
@@ -22,6 +23,8 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from .cache import GrowingCache, GrowingLayer
 from .precision import KeepsFloat32
+from .prefill import Prompt, attention_by_heads
+from .projections import effective_weight, uncomputable_weight
 
 logger = logging.get_logger(__name__)
 
@@ -325,6 +328,7 @@ class LamoeAttention(nn.Module):
         past_key_values=None,
         mla_form: str | None = None,
         view: DecodeView | None = None,
+        prompt: Prompt | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend from `hidden_states` [B, T, D] over the cache and itself: ([B, T, D], weights or None).
@@ -335,7 +339,11 @@ class LamoeAttention(nn.Module):
             past_key_values: a Transformers cache; or None, with a paged cache as the keyword `cache`.
             mla_form: overrides `config.mla_form`.
             view: lets the Triton kernel do it, whatever the mask; None is for the other forms.
+            prompt: lets groups of heads do it one after the other.
         """
+        if prompt is not None:
+            out = self._by_heads(hidden_states, position_embeddings, attention_mask, past_key_values, prompt, kwargs)
+            return out, None
         q_BHTP, q_BHTR = self._queries(hidden_states).split(self.query_widths, dim=-1)
         latents = self.kv_a_proj_with_mqa(hidden_states)
         if view is not None and view.growing:
@@ -364,12 +372,15 @@ class LamoeAttention(nn.Module):
             out, weights = self._absorbed(q_BHTP, q_BHTR, c, k, weight, attention_mask, kwargs)
         return self.o_proj(out.flatten(2)), weights
 
-    def _queries(self, hidden_states: Tensor) -> Tensor:
+    def _query_projection(self, hidden_states: Tensor) -> tuple[nn.Module, Tensor]:
+        """What makes the queries of all heads, and of what."""
         if self.config.q_lora_rank is None:
-            queries = self.q_proj(hidden_states)
-        else:
-            queries = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
-        return queries.unflatten(-1, (-1, sum(self.query_widths))).transpose(1, 2)  # heads are fewer under TP
+            return self.q_proj, hidden_states
+        return self.q_b_proj, self.q_a_layernorm(self.q_a_proj(hidden_states))
+
+    def _queries(self, hidden_states: Tensor) -> Tensor:
+        projection, x = self._query_projection(hidden_states)
+        return projection(x).unflatten(-1, (-1, sum(self.query_widths))).transpose(1, 2)  # heads are fewer under TP
 
     def _update_pages(self, c: Tensor, k: Tensor, pages, kwargs) -> tuple[Tensor, Tensor]:
         """Continuous batching: a half of c and of k lies in the pages' key slots, the others in their value slots."""
@@ -417,7 +428,7 @@ class LamoeAttention(nn.Module):
         from .kernels_attention import latent_decode, latent_decode_pages
 
         B, H, T, _ = q_BHTP.shape
-        weight = self.kv_b_proj.weight.to(q_BHTP.dtype).view(H, sum(self.expanded_widths), self.kv_lora_rank)
+        weight = effective_weight(self.kv_b_proj).to(q_BHTP.dtype).view(H, -1, self.kv_lora_rank)
         up_key_HPC, up_value_HVC = weight.split(self.expanded_widths, dim=1)
         rows_HXP = q_BHTP.transpose(0, 1).reshape(H, B * T, -1)
         q_HBTC = torch.bmm(rows_HXP, up_key_HPC).view(H, B, T, -1)
@@ -436,19 +447,36 @@ class LamoeAttention(nn.Module):
         expanded = self.kv_b_proj(c.squeeze(1)).unflatten(-1, (-1, sum(self.expanded_widths))).transpose(1, 2)
         key_BHSP, value_BHSV = expanded.split(self.expanded_widths, dim=-1)
         key = torch.cat((key_BHSP, k.expand(-1, key_BHSP.shape[1], -1, -1)), dim=-1)
+        return self._attend(torch.cat((q_BHTP, q_BHTR), dim=-1), key, value_BHSV, attention_mask, **kwargs)
+
+    def _attend(self, query, key, value, attention_mask, **kwargs) -> tuple[Tensor, Tensor | None]:
+        """Transformers' attention of this name."""
         name = self.config._attn_implementation
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             "eager" if name == "paged|eager" else name, eager_attention_forward
         )
-        return attend(
-            self,
-            torch.cat((q_BHTP, q_BHTR), dim=-1),
-            key,
-            value_BHSV,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
+        dropout = self.attention_dropout if self.training else 0.0
+        return attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+
+    def _by_heads(self, hidden_states, position_embeddings, attention_mask, past, prompt: Prompt, kwargs) -> Tensor:
+        """`forward` of a long prompt, [B, T, D]: expanded, a group of heads at a time."""
+        c, k = self.kv_a_proj_with_mqa(hidden_states).split(self.latent_widths, dim=-1)
+
+        def turn(x: Tensor) -> Tensor:
+            return rotate_pairs(x, *position_embeddings, self.config.rope_interleave)
+
+        c, k = self.kv_a_layernorm(c).unsqueeze(1), turn(k.unsqueeze(1))
+        if past is not None:
+            c, k = past.update(c, k, self.layer_idx)
+        written = prompt.cached + hidden_states.shape[1]  # a static cache returns its whole length
+        c, k = c[:, 0, :written], k[:, :, :written]
+
+        def attend(query, key, value, mask):
+            return self._attend(query, key, value, mask, **kwargs)[0]
+
+        query = self._query_projection(hidden_states)
+        return attention_by_heads(
+            self.config, prompt, attention_mask, query, (self.kv_b_proj, c), k, self.o_proj, turn, attend
         )
 
     def _absorbable(self, form: str, hidden_states: Tensor, c: Tensor, mask, pages) -> Tensor | None:
@@ -458,7 +486,7 @@ class LamoeAttention(nn.Module):
             return None
         if mask is None and T > 1 and is_flash_attention_requested(self.config):
             return None  # causality and sequence borders are the flash kernels' own business
-        reason = unreadable_weight(self.kv_b_proj, hidden_states)
+        reason = uncomputable_weight(self.kv_b_proj, hidden_states)
         if reason:
             if not torch.compiler.is_compiling():
                 logger.warning_once(
@@ -466,7 +494,7 @@ class LamoeAttention(nn.Module):
                     " Merge the adapter or dequantise kv_b_proj to decode without expansion."
                 )
             return None
-        return self.kv_b_proj.weight.view(-1, sum(self.expanded_widths), self.kv_lora_rank)
+        return effective_weight(self.kv_b_proj).view(-1, sum(self.expanded_widths), self.kv_lora_rank)
 
     def _absorbed(self, q_BHTP, q_BHTR, c, k, weight, attention_mask, kwargs) -> tuple[Tensor, Tensor | None]:
         up_key_HPC, up_value_HVC = weight.to(q_BHTP.dtype).split(self.expanded_widths, dim=1)
@@ -484,20 +512,6 @@ class LamoeAttention(nn.Module):
             kwargs.get("output_attentions", self.config.output_attentions),
         )
         return torch.matmul(out_BHTC, up_value_HVC.mT).transpose(1, 2), weights
-
-
-def unreadable_weight(projection: nn.Module, hidden_states: Tensor) -> str | None:
-    """Why the effective weight of `projection` is not simply its `weight`; None if it is."""
-    if type(projection) is not nn.Linear:
-        return f"is a {type(projection).__module__}.{type(projection).__qualname__}"
-    if projection._forward_hooks or projection._forward_pre_hooks or "forward" in vars(projection):
-        return "has hooks"
-    weight = projection.weight
-    if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point():
-        return f"holds a {type(weight).__name__} of {weight.dtype}"
-    if weight.device != hidden_states.device:
-        return f"lies on {weight.device}"
-    return None
 
 
 def _dense_mask(mask, T: int, S: int, device, causal: bool) -> Tensor | None:

@@ -15,6 +15,7 @@ from transformers.utils import logging
 from .attention import decode_view, kernel_refusal
 from .cache import GrowingCache, GrowingLayer
 from .experts import NAME
+from .projections import adapter_layers, adapter_state
 
 logger = logging.get_logger(__name__)
 
@@ -53,7 +54,7 @@ class Watch:
 @dataclass
 class Recorded:
     """A recorded step: the graph, what it reads (`seen` is None if nothing is padding), what it writes, and with which
-    buffers of the cache and weights of the model it was recorded.
+    buffers of the cache, weights of the model and state of its adapters it was recorded.
 
     There is `room` for so many tokens in the cache; `at` is where the graph has left the cursor."""
 
@@ -67,13 +68,14 @@ class Recorded:
     room: int
     versions: int
     weights: tuple
+    adapters: list[nn.Module]
     times: int
     watch: Watch | None
     at: int = -1
 
     def fits(self, model, cache, mask: Tensor | None) -> bool:
         """Whether it was made with these buffers and weights, and with a mask if there is one."""
-        same = self.versions == _versions(cache) and self.weights == _weights(model)
+        same = self.versions == _versions(cache) and self.weights == _weights(model, self.adapters)
         return same and (self.seen is None) == (mask is None)
 
 
@@ -125,7 +127,7 @@ def _renewed(model, input_ids: Tensor, mask: Tensor | None, cache) -> Recorded |
     """A recording for the cache, the weights and the mask as they are now; None if there can be none."""
     settle(model, cache)
     recorded = cache.recorded
-    if recorded is None:
+    if recorded is None or recorded.weights != _weights(model, recorded.adapters):
         reason = _why_not(model, input_ids, mask, cache)
         if reason:
             logger.info(f"Decode steps are not recorded as a CUDA graph: {reason}.")
@@ -197,11 +199,14 @@ def _versions(cache) -> int:
     return sum(layer.version for layer in cache.layers)
 
 
-def _weights(model) -> tuple:
-    """What shows that the model was moved, or set to compute in another way, since a recording."""
+def _weights(model, adapters: list[nn.Module]) -> tuple:
+    """What shows that the model was moved, or set to compute in another way, since a recording.
+
+    Training is not among it: a graph reads weights and factors of adapters where they lie.
+    """
     some = (model.model.embed_tokens.weight, model.model.layers[-1].self_attn.kv_b_proj.weight, model.lm_head.weight)
     ways = model.config._experts_implementation, model.config.mla_implementation
-    return (*(weight.data_ptr() for weight in some), *ways)
+    return (*(weight.data_ptr() for weight in some), *ways, *map(adapter_state, adapters))
 
 
 def _waits(model) -> bool:
@@ -252,5 +257,6 @@ def _record(model, input_ids: Tensor, mask: Tensor | None, cache: GrowingCache, 
     with cache.cursor_at(cursor):
         graph, logits, checksums = record(step, device)
     watch = None if checksums is None else Watch(checksums)
-    made_with = _versions(cache), _weights(model), times
+    adapters = adapter_layers(model)
+    made_with = _versions(cache), _weights(model, adapters), adapters, times
     return Recorded(graph, ids, positions, cursor, seen, logits, checksums, room, *made_with, watch)

@@ -7,9 +7,10 @@ hook looks at what lies in between. Letters as in kernels_step.py.
 import torch
 from torch import Tensor, nn
 
-from .attention import DecodeView, LamoeAttention, LamoeRMSNorm, unreadable_weight
+from .attention import DecodeView, LamoeAttention, LamoeRMSNorm
 from .cache import GrowingLayer
 from .moe import LamoeMoE, LamoeTopkRouter
+from .projections import unreadable_weight
 
 
 def fuses(layer: nn.Module, x_BTD: Tensor) -> bool:

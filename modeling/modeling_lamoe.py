@@ -25,7 +25,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention import LamoeAttention, LamoeRMSNorm, LamoeRotaryEmbedding, decode_view, unreadable_weight
+from .attention import LamoeAttention, LamoeRMSNorm, LamoeRotaryEmbedding, decode_view
 from .cache import GrowingCache
 from .configuration_lamoe import LamoeConfig
 from .decode_graph import replayed_step
@@ -34,6 +34,8 @@ from .experts import default_implementation
 from .generation import LamoeGenerationMixin
 from .losses import next_token_loss, router_losses
 from .moe import LamoeExperts, LamoeMLP, LamoeMoE, LamoeTopkRouter
+from .prefill import feed_by_tokens, prompt_view, tokens_at_once
+from .projections import uncomputable_weight, unreadable_weight
 
 logger = logging.get_logger(__name__)
 
@@ -84,6 +86,11 @@ class LamoeDecoderLayer(GradientCheckpointingLayer):
             return few_tokens_layer(self, hidden_states, kwargs["position_embeddings"], layer, view)
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
+        del attended
+        recorded = kwargs.get("output_router_logits", self.self_attn.config.output_router_logits)
+        tokens = tokens_at_once(hidden_states, self.mlp, bool(recorded))
+        if tokens < hidden_states.shape[0] * hidden_states.shape[1]:
+            return feed_by_tokens(hidden_states, self.post_attention_layernorm, self.mlp, tokens)
         normed = self.post_attention_layernorm(hidden_states)
         fed = self.mlp(normed, token_mask) if isinstance(self.mlp, LamoeMoE) else self.mlp(normed)
         return hidden_states + fed
@@ -255,8 +262,13 @@ class LamoeModel(LamoePreTrainedModel):
         view = decode_view(self.config, inputs_embeds, attention_mask, past_key_values, mla_form, kwargs)
         if view is not None and not self.decodes(inputs_embeds):
             view = None
-        causal_mask = None
+        prompt = None
         if view is None:
+            prompt = prompt_view(
+                self.config, inputs_embeds, attention_mask, past_key_values, packed_ids, mla_form, kwargs
+            )
+        causal_mask = None
+        if view is None and (prompt is None or prompt.ready):
             causal_mask = create_causal_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
@@ -271,6 +283,7 @@ class LamoeModel(LamoePreTrainedModel):
             token_mask = attention_mask[:, -T:].bool()
 
         hidden_states = inputs_embeds
+        del inputs_embeds  # a long prompt's would be held by all layers
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         for layer in self.layers:
             hidden_states = layer(
@@ -283,6 +296,7 @@ class LamoeModel(LamoePreTrainedModel):
                 use_cache=use_cache,
                 mla_form=mla_form,
                 view=view,
+                prompt=prompt,
                 **kwargs,
             )
         if self.config.router_nonfinite == "raise" and not torch.compiler.is_compiling():
@@ -295,7 +309,7 @@ class LamoeModel(LamoePreTrainedModel):
 
     def decodes(self, x: Tensor) -> bool:
         """Whether every layer's kv_b_proj can be absorbed; where one cannot, a mask is needed."""
-        return not any(unreadable_weight(layer.self_attn.kv_b_proj, x) for layer in self.layers)
+        return not any(uncomputable_weight(layer.self_attn.kv_b_proj, x) for layer in self.layers)
 
     def _warn_of_float16(self, x: Tensor):
         if not self.training or x.is_meta or torch.compiler.is_compiling():

@@ -228,6 +228,7 @@ class LamoeMLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
+        self.numbers_a_token = 3 * intermediate_size + 3 * config.hidden_size  # that are held at once, about
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
@@ -243,6 +244,14 @@ class LamoeMoE(nn.Module):
         self.experts = LamoeExperts(config)
         shared_width = config.moe_intermediate_size * config.n_shared_experts
         self.shared_experts = LamoeMLP(config, shared_width) if shared_width else None
+
+    @property
+    def numbers_a_token(self) -> int:
+        """How many numbers are held at once for each token, about: its rows at the experts, and the router's copy."""
+        config = self.config
+        copies = 1 if config._experts_implementation == NAME else 3  # the others gather, gate, weight apart
+        rows = config.num_experts_per_tok * (config.hidden_size + config.moe_intermediate_size)
+        return copies * rows + 3 * config.moe_intermediate_size * config.n_shared_experts + 4 * config.hidden_size
 
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """Feed `hidden_states` [B, T, D] forward; `token_mask` [B, T] is False at padding."""

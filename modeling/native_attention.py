@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
-from .attention import absorbed_attention, unreadable_weight
+from .attention import absorbed_attention
+from .projections import unreadable_weight
 
 try:
     from .kernels_attention import latent_decode, why_not

@@ -31,9 +31,10 @@ from trl import TrlParser
 from lamoe import LamoeConfig, LamoeForCausalLM, boost, unboost
 from lamoe.scripts.expert_speed import SHAPES, decode_cost, model_step_cost, train_cost
 from lamoe.scripts.expert_tiles import best_tiles
+from lamoe.scripts.prefill_speed import peak_of, prompt_cost
 from lamoe.scripts.result_tables import markdown_tables
 
-SUITES = ("cache", "attention", "decode", "mla", "moe", "moe-decode", "step", "tune", "tables")
+SUITES = ("cache", "attention", "prefill", "decode", "mla", "moe", "moe-decode", "step", "tune", "tables")
 _NATIVE = {"deepseek_v2": DeepseekV2Config, "deepseek_v3": DeepseekV3Config}
 
 
@@ -50,7 +51,10 @@ class Arguments:
     cache: str = field(default="static", metadata={"help": "decode: static (compiled) or dynamic."})
     models: list[str] = field(
         default_factory=lambda: ["lamoe", "native"],
-        metadata={"help": "decode: whom to run; boosted is the native class after lamoe.boost."},
+        metadata={"help": "prefill, decode: whom; decode: also boosted, the native class after lamoe.boost."},
+    )
+    feed_forward: list[str] = field(
+        default_factory=lambda: ["dense", "experts"], metadata={"help": "prefill: the layer's, dense or experts."}
     )
     price: float = field(default=2.5, metadata={"help": "decode: dollars that the machine costs an hour."})
     heads: list[int] = field(default_factory=lambda: [16, 64, 128], metadata={"help": "mla: query heads."})
@@ -77,8 +81,8 @@ def main(arguments: Arguments):
         print("\n\n".join(markdown_tables(arguments.rows or Path("model_cards/results")).values()))
         return
     suites = {
-        "cache": cache_bytes, "attention": attention_step, "decode": decode, "mla": mla, "moe": moe,
-        "moe-decode": moe_decode, "step": step, "tune": tune,
+        "cache": cache_bytes, "attention": attention_step, "prefill": prefill, "decode": decode, "mla": mla,
+        "moe": moe, "moe-decode": moe_decode, "step": step, "tune": tune,
     }  # fmt: skip
     rows = suites[arguments.suite](arguments)
     table = Table(*rows[0], title=f"{arguments.suite}, {device_name()}")
@@ -169,14 +173,24 @@ def attention_cost(model, batch: int, context: int, repeats: int = 15) -> tuple[
     return statistics.median(times), peak_of(profile) / 2**20
 
 
-def peak_of(profile) -> int:
-    """The most bytes that lived at once above the start, from the allocations that the profiler saw."""
-    live = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak
+def prefill(arguments: Arguments) -> list[dict]:
+    """One layer, dense and with experts: a prompt in one forward, ours and native with the same weights."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    rows = []
+    for feed_forward in arguments.feed_forward:
+        if feed_forward not in ("dense", "experts"):
+            raise ValueError(f"feed_forward={feed_forward!r} is not one of dense, experts.")
+        ours, native = pair(arguments.preset, 1, device, dtype, dense_layers=int(feed_forward == "dense"))
+        for batch, context in paired(arguments):
+            for name, model in (("lamoe", ours), ("native", native)):
+                if name in arguments.models:
+                    shape = {"preset": arguments.preset, "feed_forward": feed_forward, "dtype": str(dtype)[6:]}
+                    cost = prompt_cost(model, batch, context)
+                    rows.append({**shape, "model": name, "batch": batch, "context": context, **cost})
+                    print(rows[-1], flush=True)
+        del ours, native, model
+    return rows
 
 
 def decode(arguments: Arguments) -> list[dict]:
@@ -309,10 +323,15 @@ def known_shapes(arguments: Arguments) -> list[str]:
     return arguments.shapes
 
 
-def pair(preset: str, layers: int | None, device: str, dtype: torch.dtype, dense: bool = False):
+def pair(
+    preset: str, layers: int | None, device: str, dtype: torch.dtype, dense: bool = False,
+    dense_layers: int | None = None,
+):  # fmt: skip
     """Our model of this shape with random weights, and the native class over the very same tensors."""
     config = LamoeConfig.from_preset(preset, eos_token_id=None, pad_token_id=0)
     config.num_hidden_layers = layers or config.num_hidden_layers
+    if dense_layers is not None:
+        config.first_k_dense_replace, config.vocab_size = dense_layers, 64
     if dense:
         config.first_k_dense_replace, config.vocab_size, config.intermediate_size = config.num_hidden_layers, 64, 64
     with torch.device(device):

@@ -17,7 +17,7 @@ def read_rows(folder: Path) -> dict[str, list[dict]]:
 def markdown_tables(folder: Path) -> dict[str, str]:
     """Every table in Markdown, by the name of its suite; suites without rows have none."""
     makers = {
-        "decode": _decode, "mla": _mla, "attention": _attention, "cache": _cache, "moe": _moe,
+        "decode": _decode, "mla": _mla, "attention": _attention, "prefill": _prefill, "cache": _cache, "moe": _moe,
         "moe-decode": _moe_decode, "step": _step,
     }  # fmt: skip
     suites = read_rows(folder)
@@ -65,6 +65,22 @@ def _attention(rows: list[dict]) -> list[str]:
         shape = f"{r['preset']}, context {r['context'] // 1024}k, {r['device']}, {r['dtype']}"
         cells = [f"{r[f'{name}_ms']:.1f} ms, {r[f'{name}_temporary_mib']:.0f} MiB" for name in ("native", "lamoe")]
         lines.append(f"| {shape} | {cells[0]} | {cells[1]} | {r['speedup']:.2f} |")
+    return lines
+
+
+def _prefill(rows: list[dict]) -> list[str]:
+    by = {(r["preset"], r["feed_forward"], r["batch"], r["context"], r["device"], r["model"]): r for r in rows}
+    lines = [
+        "| a prompt through one layer | native, ms | Lamoe, ms | beyond weights and cache, GiB: native / Lamoe |",
+        "|---|---|---|---|",
+    ]
+    for key in dict.fromkeys(key[:5] for key in by):
+        preset, feed_forward, batch, context, device = key
+        cells = [[by[(*key, name)][field] for name in ("native", "lamoe")] for field in ("ms", "peak_gib")]
+        (native, ours), peaks = cells[0], [f"{x:.1f}" if x else "out of memory" for x in cells[1]]
+        times = [f"{x:,.0f}" if x else "out of memory" for x in (native, ours)]
+        shape = f"{preset}, {feed_forward}, {batch} x {context // 1024}k tokens, {_short(device)}"
+        lines.append(f"| {shape} | {times[0]} | {times[1]} | {' / '.join(peaks)} |")
     return lines
 
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CODE = {
     "attention", "cache", "configuration_lamoe", "decode_graph", "experts", "generation", "kernels_attention",
     "kernels_decode", "kernels_gemm", "kernels_moe", "kernels_plan", "kernels_router", "kernels_tiles", "losses",
-    "modeling_lamoe", "moe", "precision",
+    "modeling_lamoe", "moe", "precision", "prefill", "projections",
 }  # fmt: skip
 
 # What every child process begins with: neither package can be found, and a socket is an error.
