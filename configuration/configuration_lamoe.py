@@ -87,10 +87,10 @@ _TRANSFORMERS_KEYS = {
     "transformers_weights", "use_bfloat16", "add_cross_attention", "cross_attention_hidden_size",
     "decoder_start_token_id", "sep_token_id", "tf_legacy_loss",
 }  # fmt: skip
-# Fields of ours alone that change no result but for rounding or errors.
+# Fields of ours alone that no other program needs to know.
 _OWN_CHOICES = (
     "router_nonfinite", "router_implementation", "mla_form", "mla_absorb_max_tokens", "mla_implementation",
-    "skip_logits",
+    "skip_logits", "aux_loss_scope", "device_loss_alpha", "communication_loss_alpha", "expert_devices",
 )  # fmt: skip
 # Keys of published config.json files that say nothing this model needs: read, and not kept.
 _SUPERSEDED_KEYS = ("head_dim", "qk_head_dim", "mlp_bias", "_post_init_done")
@@ -107,6 +107,12 @@ class LamoeConfig(PreTrainedConfig):
         scoring_func: "sigmoid" or "softmax" over the router's float32 logits.
         aux_loss_alpha: weight of the balancing loss that training adds (`router_aux_loss_coef` is the same field);
             0 adds none. `seq_aux` chooses the loss per sequence (DeepSeek-V3 eq. 17-20) or over the whole batch.
+        aux_loss_scope: finer than `seq_aux`, and wins over it: over which tokens an expert's load is taken, "sequence"
+            (the sequence, or packed document), "batch" (the micro-batch of one rank) or "global" (all ranks, and the
+            optimizer step so far). None takes the first or second by `seq_aux`.
+        device_loss_alpha: weight of DeepSeek-V2's loss over devices (eq. 26-28); 0 adds none.
+        communication_loss_alpha: weight of its loss over what devices receive (eq. 29-31); 0 adds none.
+        expert_devices: devices over which these two take the experts to be spread, in order; None is `n_group`.
         router_z_loss_coef: weight of the router z-loss (ST-MoE eq. 5).
         router_nonfinite: what becomes of NaN or infinite values before a router: "raise" (names the layer and the
             step; not in layers that are compiled), "zero" (such a token enters the experts as zeros) or "ignore".
@@ -201,6 +207,10 @@ class LamoeConfig(PreTrainedConfig):
     output_router_logits: bool = False
     aux_loss_alpha: float | int = 0.0
     seq_aux: bool = True
+    aux_loss_scope: str | None = None
+    device_loss_alpha: float | int = 0.0
+    communication_loss_alpha: float | int = 0.0
+    expert_devices: int | None = None
     router_z_loss_coef: float | int = 0.0
     router_nonfinite: str = "raise"
     router_implementation: str = "auto"
@@ -235,7 +245,10 @@ class LamoeConfig(PreTrainedConfig):
         self.base_model_tp_plan = {name: style for name, style in plan if not name.endswith(f".{absent}")}
         self.validate_experts()
         self.validate_choices()
+        self.validate_losses()
         self.validate_attention()
+        if self.aux_loss_scope is not None:
+            self.seq_aux = self.aux_loss_scope == "sequence"
 
     def _absent(self) -> dict[str, Any]:
         """What null means in a published config.json, by field."""
@@ -272,6 +285,16 @@ class LamoeConfig(PreTrainedConfig):
         if extra <= 0:
             return self.max_position_embeddings
         return self.kv_lora_rank * (self.qk_nope_head_dim + self.v_head_dim) // extra
+
+    @property
+    def balance_scope(self) -> str:
+        """Over which tokens the balancing losses take the load: "sequence", "batch" or "global"."""
+        return self.aux_loss_scope or ("sequence" if self.seq_aux else "batch")
+
+    @property
+    def loss_devices(self) -> int:
+        """Devices over which the balancing losses take the experts to be spread."""
+        return self.n_group if self.expert_devices is None else self.expert_devices
 
     @property
     def moe_layers(self) -> list[int]:
@@ -328,6 +351,26 @@ class LamoeConfig(PreTrainedConfig):
         _one_of("router_implementation", self.router_implementation, ("auto", "eager", "triton"))
         _one_of("mla_form", self.mla_form, ("auto", "expanded", "absorbed"))
         _one_of("mla_implementation", self.mla_implementation, ("auto", "eager", "triton"))
+
+    def validate_losses(self):
+        """Refuse balancing losses that are undefined or reward imbalance."""
+        if self.aux_loss_scope is not None:
+            _one_of("aux_loss_scope", self.aux_loss_scope, ("sequence", "batch", "global"))
+        for name in ("aux_loss_alpha", "device_loss_alpha", "communication_loss_alpha", "router_z_loss_coef"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} is negative, which rewards imbalance; use 0 or more.")
+        experts, devices = self.n_routed_experts, self.loss_devices
+        if devices < 1 or experts % devices:
+            legal = ", ".join(str(n) for n in range(1, experts + 1) if experts % n == 0)
+            raise ValueError(
+                f"n_routed_experts={experts} is not divisible by expert_devices={devices}; use one of {legal}."
+            )
+        for name in ("device_loss_alpha", "communication_loss_alpha"):
+            if getattr(self, name) and devices == 1:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} balances devices, but the experts are on one "
+                    f"(expert_devices={self.expert_devices}, n_group={self.n_group}); set expert_devices, or 0 here."
+                )
 
     def validate_attention(self):
         """Refuse widths that no latent attention can have."""

@@ -13,7 +13,8 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto
 
-from .balance import BalanceCallback
+from .balance import RouterBalance
+from .balance_callback import BalanceCallback
 from .configuration_lamoe import LamoeConfig
 from .experts import register
 from .modeling_lamoe import (
@@ -62,6 +63,7 @@ __all__ = [
     "LamoeForTokenClassification",
     "LamoeModel",
     "LamoePreTrainedModel",
+    "RouterBalance",
     "boost",
     "unboost",
 ]

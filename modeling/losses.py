@@ -1,6 +1,7 @@
 """Losses of training: balance of the experts per layer, router z-loss, and next-token loss without stored logits.
 
-Letters: B sequences, T tokens each, E experts, K experts a token, D hidden, W vocabulary.
+Letters: B rows, T tokens each, S sequences, E experts, K experts a token, Y = E or E + devices, D hidden, W
+vocabulary.
 """
 
 import torch
@@ -10,68 +11,192 @@ from torch import Tensor
 from .moe import expert_scores, route
 
 
-def balance_loss(logits_BTE: Tensor, token_mask_BT: Tensor | None, config) -> Tensor:
-    """Balancing loss of one layer for each sequence, [B] float32: sum over experts of f·P.
+class Sequences:
+    """Which tokens of a batch [B, T] are one sequence, without padding: the rows, or the documents packed into them.
 
-    f is E/K times the share of the tokens that choose the expert, P the mean of its normalised affinity. This is
-    DeepSeek-V3 (arXiv 2412.19437) eq. 17-20 without its factor alpha; choices are those without the correction bias,
-    as eq. 18 has it. With `seq_aux=False` f and P are taken over all sequences at once (Switch, arXiv 2101.03961,
-    eq. 4-6), and all B values are equal.
+    A document begins where its positions do not go on by one. Their number is not asked of the device: there is room
+    for as many as there are tokens, and those that are not there are empty.
 
     Args:
-        logits_BTE: router logits [B, T, E]; differentiable.
-        token_mask_BT: [B, T] boolean, False at padding, or None.
+        token_mask_BT: False at padding; None is no padding.
+        position_ids: [B, T] or [1, T], of packed documents each from its own start; None is one sequence a row.
+        shape: (B, T).
+        whole: all tokens are one sequence instead.
+    """
+
+    def __init__(self, token_mask_BT: Tensor | None, position_ids: Tensor | None, shape, device, whole: bool = False):
+        self.mask_BT = torch.ones(shape, device=device) if token_mask_BT is None else token_mask_BT.to(device).float()
+        self.whole = whole
+        self.ids = None
+        if position_ids is not None and not whole:
+            position_ids = position_ids.to(device).expand(shape)
+            begins_BT = torch.ones(shape, dtype=torch.bool, device=device)
+            begins_BT[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
+            self.ids = begins_BT.flatten().cumsum(0) - 1
+        self.tokens_S1 = self.sum(self.mask_BT.unsqueeze(-1)).clamp(min=1)
+
+    def sum(self, x_BTY: Tensor) -> Tensor:
+        """[S, Y]: the sum over each sequence's tokens; exact, and so deterministic, where `x_BTY` holds integers."""
+        if self.whole:
+            return x_BTY.sum(dim=(0, 1)).unsqueeze(0)
+        if self.ids is None:
+            return x_BTY.sum(dim=1)
+        x_NY = x_BTY.flatten(0, 1)
+        return torch.zeros_like(x_NY).index_add_(0, self.ids, x_NY)
+
+    def spread(self, y_SY: Tensor) -> Tensor:
+        """What belongs to a token's sequence, for each token: broadcastable to [B, T, Y]."""
+        return y_SY.unsqueeze(1) if self.ids is None else y_SY[self.ids].view(*self.mask_BT.shape, -1)
+
+    def weights(self, labelled_BT: Tensor) -> Tensor:
+        """[B, T] that turn a sum over tokens into one over sequences of (labelled tokens · mean over its tokens)."""
+        labelled_S1 = self.sum(labelled_BT.to(self.mask_BT).unsqueeze(-1))
+        return self.spread(labelled_S1 / self.tokens_S1).squeeze(-1) * self.mask_BT
+
+
+class RunningLoad:
+    """Choices of the optimizer step so far, over all ranks: what `aux_loss_scope="global"` takes as the load.
+
+    With "Demons in the Detail" (arXiv 2501.11873, section 3): counts are summed over ranks at each forward, and over
+    the forwards of a step in a buffer; a forward's loss uses the buffer as it then stands. A step ends when as many
+    labelled tokens were seen as it has; nothing waits for the device to know it.
+    """
+
+    def __init__(self):
+        self.choices: Tensor | None = None
+        self.labelled: Tensor | None = None
+
+    @torch.no_grad()
+    def add(self, choices: list[Tensor], tokens: Tensor, labelled: Tensor, num_items, group=None):
+        """Add a forward of this rank.
+
+        Args:
+            choices: for each layer [Y], tokens that chose each expert or reached each device.
+            tokens, labelled: how many there are in this forward, with and without those that predict nothing.
+            num_items: labelled tokens of the optimizer step over all ranks, or None if this forward is all of it.
+
+        Returns:
+            the choices of the step for each layer [Y], and its tokens, [1].
+        """
+        sizes = [layer.numel() for layer in choices]
+        flat = torch.cat([*choices, tokens.view(1), labelled.view(1)]).long()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(flat, group=group)
+        new, labelled = flat[:-1], flat[-1]
+        if num_items is not None and self.choices is not None and self.choices.shape == new.shape:
+            # Half a forward's slack: some count a label that another shifts out of its row.
+            goes_on = (num_items - self.labelled) * 2 >= labelled
+            new = new + self.choices * goes_on
+            labelled = labelled + self.labelled * goes_on
+        self.choices, self.labelled = new, labelled
+        *layers, tokens = new.float().split([*sizes, 1])
+        return layers, tokens.clamp(min=1)
+
+
+def choices_and_affinity(logits_BTE: Tensor, config) -> tuple[Tensor, Tensor]:
+    """Of one layer, who chose whom [B, T, Y] as 0 and 1, and the normalised affinity [B, T, E], differentiable.
+
+    Choices are those without the correction bias, as DeepSeek-V3's eq. 18 has it. Behind the E experts come the
+    devices that a token reaches, if `config.communication_loss_alpha` asks for them.
     """
     logits_BTE = logits_BTE.to(torch.promote_types(logits_BTE.dtype, torch.float32))
     scores = expert_scores(logits_BTE, config.scoring_func)
     _, chosen = route(logits_BTE.detach().flatten(0, 1), None, config)
     chosen_BTE = torch.zeros_like(scores).view(-1, scores.shape[-1]).scatter_(1, chosen, 1.0).view_as(scores)
     affinity_BTE = scores / scores.sum(dim=-1, keepdim=True)
-    mask_BT1 = torch.ones_like(scores[..., :1]) if token_mask_BT is None else token_mask_BT.unsqueeze(-1).to(scores)
-    axes = (1,) if config.seq_aux else (0, 1)
-    tokens = mask_BT1.sum(dim=axes, keepdim=True).clamp(min=1)
-    f = (chosen_BTE * mask_BT1).sum(dim=axes, keepdim=True) / tokens
-    P = (affinity_BTE * mask_BT1).sum(dim=axes, keepdim=True) / tokens
-    factor = config.n_routed_experts / config.num_experts_per_tok
-    return (factor * (f * P).sum(dim=-1)).flatten().expand(scores.shape[0])
+    if not config.communication_loss_alpha:
+        return chosen_BTE, affinity_BTE
+    reached = chosen_BTE.unflatten(-1, (config.loss_devices, -1)).amax(dim=-1)
+    return torch.cat((chosen_BTE, reached), dim=-1), affinity_BTE
 
 
-def z_loss(logits_BTE: Tensor, token_mask_BT: Tensor | None) -> Tensor:
-    """Mean squared log-sum-exp of the router's logits for each sequence, [B] (ST-MoE, arXiv 2202.08906, eq. 5)."""
-    z_BT = logits_BTE.logsumexp(dim=-1).square()
-    if token_mask_BT is None:
-        return z_BT.mean(dim=1)
-    mask = token_mask_BT.to(z_BT)
-    return (z_BT * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+def balance_coefficients(share: Tensor, config) -> tuple[Tensor, Tensor]:
+    """What an affinity costs, [..., E]: the expert-level loss without its alpha, and all three losses with theirs.
+
+    All three are linear in the affinity: sum over experts of f·P (DeepSeek-V2, arXiv 2405.04434, eq. 23-25 and
+    DeepSeek-V3 eq. 17-20), over devices of f'·P' (V2 eq. 26-28: f' the mean f of a device's experts, P' the sum of
+    their P), and of f''·P'' (V2 eq. 29-31: f'' the share of tokens that reach the device, times devices / those that
+    a token may reach).
+
+    Args:
+        share: [..., Y], of the tokens that choose an expert or reach a device; no gradient.
+    """
+    E, K, devices = config.n_routed_experts, config.num_experts_per_tok, config.loss_devices
+    f = share[..., :E] * (E / K)
+    weighted = config.aux_loss_alpha * f
+    if config.device_loss_alpha:
+        f_device = f.unflatten(-1, (devices, -1)).mean(dim=-1)
+        weighted = weighted + config.device_loss_alpha * f_device.repeat_interleave(E // devices, dim=-1)
+    if config.communication_loss_alpha:
+        limited = config.topk_method != "greedy" and devices == config.n_group
+        most = config.topk_group if limited else min(K, devices)
+        f_sent = share[..., E:].repeat_interleave(E // devices, dim=-1) * (devices / most)
+        weighted = weighted + config.communication_loss_alpha * f_sent
+    return f, weighted
 
 
 def router_losses(
-    router_logits, labels: Tensor, token_mask_BT: Tensor | None, num_items, config, shifted: bool = False
-):
+    router_logits, labels: Tensor, token_mask_BT: Tensor | None, num_items, config, shifted: bool = False,
+    position_ids: Tensor | None = None, running: RunningLoad | None = None,
+):  # fmt: skip
     """Balance and z-loss of all layers, each layer by itself and then averaged, and what to add to the token loss.
 
     Sequences count by their labelled tokens, so that the gradient is that of one large batch however it is cut into
-    accumulation steps and ranks: sum over sequences of (labelled tokens · loss) / `num_items`.
+    accumulation steps and ranks, padded or packed: sum over sequences of (labelled tokens · loss) / `num_items`. With
+    `config.balance_scope` "batch" the micro-batch is one sequence; with "global" the affinity is each sequence's, and
+    the load is that of `running`.
 
     Args:
         router_logits: for each layer [B·T, E].
         labels: [B, T], -100 where nothing is predicted; `shifted` if they are already moved by one.
+        token_mask_BT: False at padding, or None.
         num_items: labelled tokens of the whole optimizer step over all ranks, or None for this batch alone.
+        position_ids: [B, T] or [1, T]; they tell packed documents apart.
+        running: the optimizer step so far; None takes this forward of this rank alone.
 
     Returns:
-        mean balance loss (for logs), and the term to add to the loss.
+        mean expert-level balance loss (for logs), and the term to add to the loss.
     """
     B, T = labels.shape
-    counted = labels if shifted else labels[:, 1:]
-    weight_B = counted.ne(-100).sum(dim=1).to(router_logits[0].dtype)
+    labelled_BT = labels.ne(-100)
+    if not shifted:
+        labelled_BT = F.pad(labelled_BT[:, 1:], (1, 0))
+    scope = config.balance_scope
     layers = [logits.view(B, T, -1).to(labels.device) for logits in router_logits]
-    balance_B = torch.stack([balance_loss(logits, token_mask_BT, config) for logits in layers]).mean(dim=0)
-    added_B = config.aux_loss_alpha * balance_B
-    if config.router_z_loss_coef:
-        z_B = torch.stack([z_loss(logits, token_mask_BT) for logits in layers]).mean(dim=0)
-        added_B = added_B + config.router_z_loss_coef * z_B
-    mean = (weight_B * balance_B).sum() / weight_B.sum().clamp(min=1)
-    return mean, (weight_B * added_B).sum() / (weight_B.sum().clamp(min=1) if num_items is None else num_items)
+    sequences = Sequences(token_mask_BT, position_ids, (B, T), labels.device)
+    grouped = Sequences(token_mask_BT, None, (B, T), labels.device, whole=True) if scope == "batch" else sequences
+    weight_BT, weight_z_BT = grouped.weights(labelled_BT), sequences.weights(labelled_BT)
+    labelled = labelled_BT.sum().to(weight_BT)
+
+    chosen, affinity = zip(*(choices_and_affinity(logits, config) for logits in layers), strict=True)
+    with torch.no_grad():
+        masked = [choices * sequences.mask_BT.unsqueeze(-1) for choices in chosen]
+        if scope == "global":
+            sums, tokens = [choices.sum(dim=(0, 1)) for choices in masked], sequences.mask_BT.sum().clamp(min=1)
+            if running is not None:
+                sums, tokens = running.add(sums, tokens, labelled, num_items)
+            shares = [(layer / tokens).view(1, 1, -1) for layer in sums]
+        else:
+            shares = [grouped.spread(grouped.sum(choices) / grouped.tokens_S1) for choices in masked]
+    alone = not (config.device_loss_alpha or config.communication_loss_alpha)
+    balance = added = 0.0
+    for logits, share, affinity_BTE in zip(layers, shares, affinity, strict=True):
+        f, weighted = balance_coefficients(share, config)
+        one = (weight_BT * (f * affinity_BTE).sum(dim=-1)).sum()
+        balance = balance + one
+        if alone:
+            added = added + config.aux_loss_alpha * one
+        else:
+            added = added + (weight_BT * (weighted * affinity_BTE).sum(dim=-1)).sum()
+        if config.router_z_loss_coef:
+            added = added + config.router_z_loss_coef * (weight_z_BT * z_loss(logits)).sum()
+    items = labelled.clamp(min=1)
+    return balance / (len(layers) * items), added / (len(layers) * (items if num_items is None else num_items))
+
+
+def z_loss(logits_BTE: Tensor) -> Tensor:
+    """Squared log-sum-exp of the router's logits for each token, [B, T] (ST-MoE, arXiv 2202.08906, eq. 5)."""
+    return logits_BTE.logsumexp(dim=-1).square()
 
 
 def next_token_loss(

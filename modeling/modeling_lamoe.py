@@ -28,11 +28,12 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention import LamoeAttention, LamoeRMSNorm, LamoeRotaryEmbedding, decode_view
 from .cache import GrowingCache
 from .configuration_lamoe import LamoeConfig
+from .correction import move_biases, summed_over_ranks
 from .decode_graph import replayed_step
 from .decode_step import few_tokens_layer, fuses
 from .experts import default_implementation
 from .generation import LamoeGenerationMixin
-from .losses import next_token_loss, router_losses
+from .losses import RunningLoad, next_token_loss, router_losses
 from .moe import LamoeExperts, LamoeMLP, LamoeMoE, LamoeTopkRouter
 from .prefill import feed_by_tokens, prompt_view, tokens_at_once
 from .projections import uncomputable_weight, unreadable_weight
@@ -196,16 +197,13 @@ class LamoePreTrainedModel(PreTrainedModel):
         Returns:
             for each layer with experts the counts [E] that were used, int64.
         """
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        used = []
-        for router in self.routers:
-            counts = router.tokens_per_expert.clone()
-            if distributed:
-                torch.distributed.all_reduce(counts, group=group)
-            if speed and self.config.topk_method == "noaux_tc":
-                router.e_score_correction_bias.add_(torch.sign(counts.float().mean() - counts), alpha=speed)
-            router.reset_counts()
-            used.append(counts)
+        routers = self.routers
+        counts = [router.tokens_per_expert for router in routers]
+        used = summed_over_ranks(counts, group)
+        if speed and self.config.topk_method == "noaux_tc":
+            move_biases([router.e_score_correction_bias for router in routers], used, speed)
+        if counts:
+            torch._foreach_zero_(counts)
         return used
 
 
@@ -359,6 +357,7 @@ class LamoeForCausalLM(LamoeGenerationMixin, LamoePreTrainedModel, GenerationMix
         self.model = LamoeModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.running_load = RunningLoad()
         self.post_init()
 
     @can_return_tuple
@@ -379,8 +378,8 @@ class LamoeForCausalLM(LamoeGenerationMixin, LamoePreTrainedModel, GenerationMix
     ) -> MoeCausalLMOutputWithPast:
         """Logits [B, T, vocabulary] of the next token, and the loss if there are `labels` [B, T] (-100 is no target).
 
-        In training the loss includes the balancing loss and the z-loss of the router, with the weights of the
-        configuration and the scale of `losses.router_losses`; `aux_loss` is the former, unweighted.
+        In training the loss includes the balancing losses and the z-loss of the router, with the weights of the
+        configuration and the scale of `losses.router_losses`; `aux_loss` is the expert-level one, unweighted.
 
         Args:
             output_router_logits: also return each layer's router logits [B·T, E]; None takes the configuration's.
@@ -400,7 +399,8 @@ class LamoeForCausalLM(LamoeGenerationMixin, LamoePreTrainedModel, GenerationMix
         config = self.config
         if output_router_logits is None:
             output_router_logits = config.output_router_logits
-        balanced = self.training and labels is not None and bool(config.aux_loss_alpha or config.router_z_loss_coef)
+        alphas = (config.aux_loss_alpha, config.device_loss_alpha, config.communication_loss_alpha)
+        balanced = self.training and labels is not None and any((*alphas, config.router_z_loss_coef))
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -422,7 +422,9 @@ class LamoeForCausalLM(LamoeGenerationMixin, LamoePreTrainedModel, GenerationMix
             if labels is not None:
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=config.vocab_size, **kwargs)
         if outputs.router_logits and labels is not None:
-            aux_loss, added = self._router_losses(outputs.router_logits, labels, attention_mask, **kwargs)
+            aux_loss, added = self._router_losses(
+                outputs.router_logits, labels, attention_mask, position_ids, **kwargs
+            )
             loss = loss + added.to(loss.device) if balanced else loss
         return MoeCausalLMOutputWithPast(
             loss=loss,
@@ -440,7 +442,9 @@ class LamoeForCausalLM(LamoeGenerationMixin, LamoePreTrainedModel, GenerationMix
             return None
         return next_token_loss(hidden_states, self.lm_head.weight, labels, num_items_in_batch, shift_labels)
 
-    def _router_losses(self, router_logits, labels, attention_mask, num_items_in_batch=None, shift_labels=None, **_):
+    def _router_losses(
+        self, router_logits, labels, attention_mask, position_ids, num_items_in_batch=None, shift_labels=None, **_
+    ):
         if self.training and self.model.gradient_checkpointing and not any(x.requires_grad for x in router_logits):
             logger.warning_once(
                 "Reentrant gradient checkpointing gives the balancing loss no gradient; pass "
@@ -450,9 +454,11 @@ class LamoeForCausalLM(LamoeGenerationMixin, LamoePreTrainedModel, GenerationMix
         if attention_mask is not None and attention_mask.dim() == 2:
             token_mask = attention_mask[:, -labels.shape[1] :].bool()
         targets = labels if shift_labels is None else shift_labels
+        running = self.running_load if self.training and torch.is_grad_enabled() else None
         return router_losses(
-            router_logits, targets, token_mask, num_items_in_batch, self.config, shift_labels is not None
-        )
+            router_logits, targets, token_mask, num_items_in_batch, self.config, shift_labels is not None,
+            position_ids, running,
+        )  # fmt: skip
 
 
 class LamoeForSequenceClassification(GenericForSequenceClassification, LamoePreTrainedModel):

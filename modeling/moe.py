@@ -4,6 +4,7 @@ Letters: N tokens, D hidden, E routed experts, K experts a token, F expert width
 2412.19437) eq. 12-16, DeepSeek-V2 (arXiv 2405.04434) eq. 20-22 and section 2.2.2 for its groups.
 """
 
+import re
 from contextlib import nullcontext
 
 import torch
@@ -192,6 +193,23 @@ class LamoeExperts(nn.Module):
         """Draw both weights; leaves alone what a checkpoint has filled."""
         init.normal_(self.gate_up_proj, mean=0.0, std=std)
         init.normal_(self.down_proj, mean=0.0, std=std)
+
+    @torch.no_grad()
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """Also take one tensor an expert, as checkpoints have them, and some of them, as one of their shards has.
+
+        Trainer resumes by `load_state_dict`, without the conversion of `from_pretrained`, and would only report that
+        there are no experts for this module (huggingface/transformers#48805).
+        """
+        up = self.gate_up_proj.shape[1] // 2
+        places = {"gate": self.gate_up_proj[:, :up], "up": self.gate_up_proj[:, up:], "down": self.down_proj}
+        for key in list(state_dict):
+            found = re.fullmatch(re.escape(prefix) + r"(\d+)\.(gate|up|down)_proj\.weight", key)
+            if found:
+                places[found[2]][int(found[1])].copy_(state_dict.pop(key))
+                for name in ("gate_up_proj", "down_proj"):
+                    state_dict[prefix + name] = getattr(self, name)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Sum of each token's experts, weighted: [N, D] in `hidden_states`' dtype, summed in float32, in order.

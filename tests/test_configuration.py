@@ -92,6 +92,23 @@ REFUSED = {
         {"mlp_layer_types": ["sparse", "dense"]},
         "mlp_layer_types=['sparse', 'dense'] is not dense layers, then sparse ones; Lamoe has no mixture.",
     ),
+    "scope of a loss": (
+        {"aux_loss_scope": "rank"},
+        "aux_loss_scope='rank' is not one of 'sequence', 'batch', 'global'.",
+    ),
+    "negative loss": (
+        {"device_loss_alpha": -0.1},
+        "device_loss_alpha=-0.1 is negative, which rewards imbalance; use 0 or more.",
+    ),
+    "devices not divisible": (
+        {"expert_devices": 3},
+        "n_routed_experts=8 is not divisible by expert_devices=3; use one of 1, 2, 4, 8.",
+    ),
+    "one device": (
+        {"communication_loss_alpha": 0.02, "expert_devices": 1},
+        "communication_loss_alpha=0.02 balances devices, but the experts are on one (expert_devices=1, n_group=2); "
+        "set expert_devices, or 0 here.",
+    ),
     "misspelt": ({"num_expert": 8}, "num_expert=8 is not a field of LamoeConfig; did you mean 'num_experts'?"),
     "unknown": (
         {"zebra": "stripes"},
@@ -119,6 +136,18 @@ def test_aliases_set_the_field_before_it_is_checked():
     assert LamoeConfig(**SMALL, router_aux_loss_coef=0.5).aux_loss_alpha == 0.5
     with pytest.raises(ValueError, match="n_routed_experts=9 is not divisible"):
         LamoeConfig(**{**SMALL, "num_experts": 9})
+
+
+def test_scope_of_the_balancing_loss_follows_seq_aux_unless_it_is_given(tmp_path):
+    assert LamoeConfig(**SMALL).balance_scope == "sequence"
+    assert LamoeConfig(**SMALL, seq_aux=False).balance_scope == "batch"
+    config = LamoeConfig(**SMALL, aux_loss_scope="global", expert_devices=4)
+    assert (config.balance_scope, config.seq_aux, config.loss_devices) == ("global", False, 4)
+    config.save_pretrained(tmp_path)
+    again = LamoeConfig.from_pretrained(tmp_path)
+    assert (again.balance_scope, again.seq_aux, again.loss_devices) == ("global", False, 4)
+    assert LamoeConfig(**{**SMALL, "n_group": 2}).loss_devices == 2
+    assert "aux_loss_scope" not in LamoeConfig(**SMALL).serving_dict(use_diff=False)
 
 
 def test_kv_bytes_are_the_published_ones():

@@ -21,7 +21,7 @@ MODELING = (
     ("kernels_decode", "kernels_attention"),
     ("kernels_tiles", "kernels_step"),
     ("kernels_moe",),
-    ("precision", "experts", "cache", "projections"),
+    ("precision", "experts", "cache", "projections", "correction"),
     ("prefill",),
     ("attention", "moe"),
     ("losses", "mtp", "decode_graph", "decode_step"),
@@ -29,6 +29,7 @@ MODELING = (
     ("modeling_lamoe",),
     ("native_attention",),
     ("hub", "balance", "lora", "native"),
+    ("balance_callback",),
     ("__init__",),
 )
 CONFIGURATION = ("configuration_lamoe", "__init__")

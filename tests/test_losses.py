@@ -1,129 +1,169 @@
-"""Balancing losses against the papers' formulas, their scale, the bias update, and the loss without logits."""
-
-import copy
+"""Balancing losses against the papers' formulas, their scale, and the loss without logits."""
 
 import pytest
 import torch
-import torch.distributed as dist
-from transformers import Trainer, TrainingArguments
 
-from lamoe import BalanceCallback, LamoeForCausalLM
-from lamoe.balance import max_violation
-from lamoe.losses import balance_loss, next_token_loss, z_loss
-from tests.ranks import on_two_ranks
+from lamoe.losses import RunningLoad, next_token_loss, router_losses
+from tests.steps import W, gradients, ragged_batch, training_model
 from tests.test_moe import E, K, make_config
 from tests.tiny import random_ids
 
-W = 64
+
+def chosen_by(scores, config) -> set[int]:
+    """The experts of one token, by the words of V2 (groups by their best) and V3 (by their two best), without bias."""
+    size = E // config.n_group
+    groups = range(config.n_group)
+    rank = [sorted(scores[g * size : (g + 1) * size].tolist())[::-1] for g in groups]
+    best = 2 if config.topk_method == "noaux_tc" else 1
+    kept = sorted(groups, key=lambda g: -sum(rank[g][:best]))[: config.topk_group]
+    if config.topk_method == "greedy":
+        kept = list(groups)
+    return set(sorted((i for i in range(E) if i // size in kept), key=lambda i: -scores[i])[:K])
 
 
-def balance_by_formula(logits, mask, scoring):
-    """DeepSeek-V3 eq. 17-20 for one sequence, term by term."""
+def losses_by_formula(logits, mask, config, load=None):
+    """Expert-, device- and communication-level loss of one sequence, term by term (V2 eq. 23-31, V3 eq. 17-20).
+
+    `load` gives the counts that f and f'' are taken from in place of this sequence's: experts, devices, tokens.
+    """
     tokens = [t for t in range(len(logits)) if mask[t]]
-    f, P = [0.0] * E, [0.0] * E
+    D, size = config.loss_devices, E // config.loss_devices
+    count, sent, P = [0.0] * E, [0.0] * D, [0.0] * E
     for t in tokens:
-        s = logits[t].softmax(-1) if scoring == "softmax" else logits[t].sigmoid()
+        s = logits[t].softmax(-1) if config.scoring_func == "softmax" else logits[t].sigmoid()
+        chosen = chosen_by(s, config)
         for i in range(E):
-            chosen = s[i] in s.topk(K).values
-            f[i] += E / (K * len(tokens)) * float(chosen)
+            count[i] += i in chosen
             P[i] += float(s[i] / s.sum()) / len(tokens)
-    return sum(a * b for a, b in zip(f, P, strict=True))
+        for d in range(D):
+            sent[d] += any(i // size == d for i in chosen)
+    n = len(tokens)
+    if load is not None:
+        count, sent, n = load
+    most = config.topk_group if config.topk_method != "greedy" and config.n_group == D else min(K, D)
+    f = [E / (K * n) * c for c in count]
+    P_device = [sum(P[d * size : (d + 1) * size]) for d in range(D)]
+    f_device = [sum(f[d * size : (d + 1) * size]) / size for d in range(D)]
+    f_sent = [D / (most * n) * c for c in sent]
+    return [
+        sum(a * b for a, b in zip(x, y, strict=True)) for x, y in ((f, P), (f_device, P_device), (f_sent, P_device))
+    ]
 
 
-@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
-def test_balance_loss_is_the_papers(scoring):
-    config = make_config(scoring_func=scoring, topk_method="greedy")
-    logits = torch.randn(3, 7, E, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2
-    mask = torch.ones(3, 7, dtype=torch.bool)
-    mask[1, :4] = False
-    got = balance_loss(logits, mask, config)
-    expected = [balance_by_formula(logits[b], mask[b], scoring) for b in range(3)]
-    torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=0)
-    pooled = balance_loss(logits, mask, make_config(scoring_func=scoring, topk_method="greedy", seq_aux=False))
-    together = balance_by_formula(logits.flatten(0, 1), mask.flatten(), scoring)
-    torch.testing.assert_close(pooled, torch.full((3,), together, dtype=torch.float64), rtol=1e-6, atol=0)
+def counts_by_loop(logits, mask, config):
+    """How many of the tokens choose each expert and reach each device, and how many there are."""
+    size = E // config.loss_devices
+    count, sent = [0] * E, [0] * config.loss_devices
+    for row, real in zip(logits, mask, strict=True):
+        if real:
+            s = row.softmax(-1) if config.scoring_func == "softmax" else row.sigmoid()
+            chosen = chosen_by(s, config)
+            for i in chosen:
+                count[i] += 1
+            for d in {i // size for i in chosen}:
+                sent[d] += 1
+    return count, sent, int(mask.sum())
+
+
+def router_case(**changes):
+    """Two layers' float64 logits of three rows of six with padding; mask, labels of some, and the configuration."""
+    config = make_config(**{"aux_loss_alpha": 0.3, "topk_method": "greedy", **changes})
+    generator = torch.Generator().manual_seed(0)
+    layers = [torch.randn(18, E, generator=generator, dtype=torch.float64) * 2 for _ in range(2)]
+    mask = torch.ones(3, 6, dtype=torch.bool)
+    mask[1, :2] = False
+    labels = torch.arange(18).view(3, 6).masked_fill(~mask, -100)
+    labels[2, :3] = -100
+    return layers, mask, labels, config
+
+
+V2 = {"topk_method": "group_limited_greedy", "scoring_func": "softmax", "n_group": 4, "topk_group": 2}
+V3 = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "n_group": 3, "topk_group": 2}
+
+
+@pytest.mark.parametrize("scope", ["sequence", "batch", "global"])
+@pytest.mark.parametrize(
+    "kind", [{"scoring_func": "softmax"}, {"scoring_func": "sigmoid", "expert_devices": 6}, V2, V3], ids=str
+)
+def test_balance_losses_are_the_papers(scope, kind):
+    several = kind.get("expert_devices", kind.get("n_group", 1)) > 1
+    alphas = {"device_loss_alpha": 0.2, "communication_loss_alpha": 0.7} if several else {}
+    layers, mask, labels, config = router_case(aux_loss_scope=scope, **kind, **alphas)
+    weights = labels[:, 1:].ne(-100).sum(dim=1).tolist()
+    expected = expected_added = 0.0
+    for logits in layers:
+        rows = logits.view(3, 6, E)
+        if scope == "batch":
+            found = [(sum(weights), losses_by_formula(logits, mask.flatten(), config))]
+        else:
+            load = counts_by_loop(logits, mask.flatten(), config) if scope == "global" else None
+            found = [(w, losses_by_formula(rows[b], mask[b], config, load)) for b, w in enumerate(weights)]
+        for w, (expert, device, sent) in found:
+            expected += w * expert / sum(weights) / 2
+            expected_added += w * (0.3 * expert + (0.2 * device + 0.7 * sent if several else 0)) / 2
+    balance, added = router_losses(layers, labels, mask, torch.tensor(40), config)
+    torch.testing.assert_close(float(balance), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(float(added), expected_added / 40, rtol=1e-6, atol=0)
+    alone = router_losses(layers, labels, mask, None, config)[1]
+    torch.testing.assert_close(float(alone), expected_added / sum(weights), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("scope", ["sequence", "batch", "global"])
+def test_gradient_of_the_balance_losses_is_that_of_the_formula(scope):
+    layers, mask, labels, config = router_case(
+        aux_loss_scope=scope, **V2, device_loss_alpha=0.2, communication_loss_alpha=0.7, router_z_loss_coef=0.1
+    )
+    layers = [logits.requires_grad_() for logits in layers]
+    added = router_losses(layers, labels, mask, None, config)[1]
+    got = torch.autograd.grad(added, layers)
+
+    step, generator = 1e-6, torch.Generator().manual_seed(1)
+    direction = [torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in layers]
+    moved = [
+        router_losses(
+            [(x + s * step * d).detach() for x, d in zip(layers, direction, strict=True)], labels, mask, None, config
+        )[1]
+        for s in (1, -1)
+    ]
+    slope = sum((g * d).sum() for g, d in zip(got, direction, strict=True))
+    torch.testing.assert_close((moved[0] - moved[1]) / (2 * step), slope, rtol=1e-5, atol=1e-8)
 
 
 def test_balance_loss_of_a_balanced_router_is_one():
     config = make_config(scoring_func="softmax", topk_method="greedy")
-    logits = torch.eye(E).roll(1, 0).unsqueeze(0) * 1e-6
+    logits = torch.eye(E).roll(1, 0) * 1e-6
     logits = logits + logits.roll(1, -1) + logits.roll(2, -1)  # each expert is chosen by exactly K tokens
-    torch.testing.assert_close(balance_loss(logits, None, config), torch.ones(1), rtol=1e-5, atol=0)
+    balance, _ = router_losses([logits], torch.zeros(1, E, dtype=torch.long), None, None, config)
+    torch.testing.assert_close(balance, torch.tensor(1.0), rtol=1e-5, atol=0)
 
 
 def test_z_loss_is_the_mean_square_of_the_log_sum_exp():
-    logits = torch.randn(2, 5, E, generator=torch.Generator().manual_seed(0))
-    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]).bool()
-    expected = torch.stack([logits[b][mask[b]].exp().sum(-1).log().square().mean() for b in range(2)])
-    torch.testing.assert_close(z_loss(logits, mask), expected)
-    torch.testing.assert_close(z_loss(logits[:1], None), expected[:1])
+    layers, mask, labels, config = router_case(aux_loss_alpha=0.0, router_z_loss_coef=2.0)
+    expected = 0.0
+    for logits in layers:
+        for b, w in enumerate(labels[:, 1:].ne(-100).sum(dim=1).tolist()):
+            rows = logits.view(3, 6, E)[b][mask[b]]
+            expected += w * 2.0 * float(rows.exp().sum(-1).log().square().mean()) / 2 / 40
+    torch.testing.assert_close(float(router_losses(layers, labels, mask, 40, config)[1]), expected)
 
 
-def training_model(**changes) -> LamoeForCausalLM:
-    torch.manual_seed(5)
-    return LamoeForCausalLM(make_config(**{"aux_loss_alpha": 0.5, "router_z_loss_coef": 0.1, **changes})).train()
-
-
-def ragged_batch():
-    ids = random_ids(4, 10, seed=9, vocab_size=W)
-    mask = torch.ones_like(ids)
-    mask[1, :3] = mask[3, :6] = 0
-    labels = ids.masked_fill(mask == 0, -100)
-    labels[2, :5] = -100
-    return ids, mask, labels
-
-
-def gradients(model, parts: int, slices=slice(None), num_items=None, **checkpointing):
-    """Gradients of an optimizer step over `ragged_batch` in so many accumulation steps, as Trainer takes them."""
-    ids, mask, labels = (x[slices] for x in ragged_batch())
-    items = labels[:, 1:].ne(-100).sum() if num_items is None else num_items
-    for a, b, c in zip(ids.chunk(parts), mask.chunk(parts), labels.chunk(parts), strict=True):
-        model(a, attention_mask=b, labels=c, num_items_in_batch=items).loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters()}
-
-
-def test_gradient_does_not_depend_on_accumulation():
-    whole = gradients(training_model(), 1)
-    without = gradients(training_model(aux_loss_alpha=0.0, router_z_loss_coef=0.0), 1)
-    gate = "model.layers.1.mlp.gate.weight"
-    assert (whole[gate] - without[gate]).norm() > 0.1 * without[gate].norm(), "the losses reach the router"
-    for parts in (2, 4):
-        for name, gradient in gradients(training_model(), parts).items():
-            torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def test_gradient_does_not_depend_on_checkpointing():
-    expected = gradients(training_model(), 1)
-    model = training_model()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    for name, gradient in gradients(model, 1).items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
-
-
-def _rank(rank: int, file: str):
-    model = torch.nn.parallel.DistributedDataParallel(training_model())
-    items = ragged_batch()[2][:, 1:].ne(-100).sum()
-    ids, mask, labels = (x[2 * rank : 2 * rank + 2] for x in ragged_batch())
-    loss = model(ids, attention_mask=mask, labels=labels, num_items_in_batch=items).loss
-    (loss * dist.get_world_size()).backward()  # DDP averages, and Trainer undoes it so
-    used = model.module.update_router_bias(0.01)
-    biases = [router.e_score_correction_bias for router in model.module.routers]
-    if rank == 0:
-        torch.save([{n: p.grad for n, p in model.module.named_parameters()}, used, biases], file)
-
-
-def test_gradient_counts_and_bias_of_two_ranks_equal_one(tmp_path):
-    model = training_model()
-    expected = gradients(model, 1)
-    counts = model.update_router_bias(0.01)
-    on_two_ranks(_rank, tmp_path, str(tmp_path / "out"))
-    got, used, biases = torch.load(tmp_path / "out")
-    for name, gradient in got.items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
-    for layer, count, bias in zip(used, counts, biases, strict=True):
-        assert torch.equal(layer, count)
-        assert bias.abs().max() == pytest.approx(0.01)
-    assert all(torch.equal(b, r.e_score_correction_bias) for b, r in zip(biases, model.routers, strict=True))
+def test_global_load_sums_the_forwards_of_a_step_and_then_starts_anew():
+    layers, mask, labels, config = router_case(aux_loss_scope="global")
+    mask, labels = torch.ones_like(mask), torch.ones_like(labels)
+    running = RunningLoad()
+    for step in range(2):  # each of two forwards, with 15 labelled tokens
+        loads = [(0, 0, 0)] * 2
+        for part in range(2):
+            forward = [logits * (1 if part == step else -1) for logits in layers]
+            _, added = router_losses(forward, labels, mask, torch.tensor(30), config, running=running)
+            expected = 0.0
+            for i, logits in enumerate(forward):
+                count, _, n = counts_by_loop(logits, mask.flatten(), config)
+                count = count if part == 0 else [a + b for a, b in zip(count, loads[i][0], strict=True)]
+                loads[i] = (count, [0], n * (part + 1))
+                rows = logits.view(3, 6, E)
+                expected += sum(5 * losses_by_formula(rows[b], mask[b], config, loads[i])[0] for b in range(3)) / 2
+            torch.testing.assert_close(float(added), 0.3 * expected / 30, rtol=1e-6, atol=0)
 
 
 def test_reentrant_checkpointing_says_that_it_loses_the_loss(caplog, monkeypatch):
@@ -199,93 +239,3 @@ def test_loss_without_logits_never_makes_them():
     with Largest():
         next_token_loss(hidden, head, labels).backward()
     assert Largest.size < 4 * 256 * 2048 / 4
-
-
-def skewed_run(model, speed: float, steps: int = 60) -> float:
-    """Route a stream of nearly equal tokens, moving the bias after each step; MaxVio of the last one."""
-    router = model.routers[0].train()
-    generator = torch.Generator().manual_seed(0)
-    favourite = torch.randn(1, router.weight.shape[1], generator=generator)
-    counts = None
-    for _ in range(steps):
-        router(favourite + 0.7 * torch.randn(512, router.weight.shape[1], generator=generator))
-        counts = model.update_router_bias(speed)[0]
-    return max_violation(counts)
-
-
-def test_bias_brings_max_violation_below_one_half():
-    assert skewed_run(training_model(), 0.0) > 2
-    assert skewed_run(training_model(), 0.02) < 0.5
-
-
-def test_bias_moves_by_the_sign_of_the_shortfall():
-    model = training_model()
-    router = model.routers[0]
-    router.tokens_per_expert.copy_(torch.tensor([5, 1, 3] + [3] * (E - 3)))
-    used = model.update_router_bias(0.25)[0]
-    assert used.sum() == 3 * E
-    assert router.e_score_correction_bias.tolist() == [-0.25, 0.25] + [0.0] * (E - 2)
-    assert router.tokens_per_expert.sum() == 0
-
-
-def test_bias_is_saved_and_restored(tmp_path):
-    model = training_model()
-    skewed_run(model, 0.02, steps=3)
-    model.save_pretrained(tmp_path)
-    again = LamoeForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(again.routers[0].e_score_correction_bias, model.routers[0].e_score_correction_bias)
-    assert model.routers[0].e_score_correction_bias.abs().max() > 0.01
-
-
-def train(folder, parts: int = 1, **changes):
-    """Two optimizer steps of Trainer over eight rows; the trained model and the log."""
-    rows = [{"input_ids": row, "labels": row} for row in random_ids(8, 10, seed=4, vocab_size=W)]
-    arguments = TrainingArguments(
-        str(folder), max_steps=2, per_device_train_batch_size=4 // parts, gradient_accumulation_steps=parts,
-        logging_steps=1, report_to="none", save_strategy="no", use_cpu=True, learning_rate=1e-2, disable_tqdm=True,
-        seed=1, data_seed=1, max_grad_norm=0.0,
-    )  # fmt: skip
-    trainer = Trainer(training_model(**changes), arguments, train_dataset=rows, callbacks=[BalanceCallback(0.125)])
-    trainer.train()
-    return trainer
-
-
-def test_trainer_balances_logs_and_does_not_depend_on_accumulation(tmp_path):
-    whole, parts = train(tmp_path, 1), train(tmp_path, 4)
-    for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-    for a, b in zip(whole.model.routers, parts.model.routers, strict=True):
-        assert torch.equal(a.e_score_correction_bias, b.e_score_correction_bias)
-        assert a.e_score_correction_bias.abs().max() in (0.125, 0.25)
-    logs = [entry for entry in whole.state.log_history if "loss" in entry]
-    assert [set(entry) & {"max_violation", "dead_experts"} for entry in logs] == [
-        {"max_violation", "dead_experts"}
-    ] * 2
-
-
-def test_callback_skips_a_skipped_step_and_finds_the_model_in_wrappers():
-    model = training_model()
-    model.routers[0].tokens_per_expert[0] = 9
-
-    class Skipped:
-        step_was_skipped = True
-
-    callback = BalanceCallback(0.5)
-    callback.on_step_end(None, None, None, model=torch.nn.DataParallel(model), optimizer=Skipped())
-    assert model.routers[0].e_score_correction_bias.abs().max() == 0
-    assert model.routers[0].tokens_per_expert.sum() == 0
-    with pytest.raises(ValueError, match="BalanceCallback found no Lamoe model in Linear"):
-        callback.on_step_end(None, None, None, model=torch.nn.Linear(2, 2))
-
-
-def test_max_violation():
-    assert max_violation(torch.tensor([2, 2, 2])) == 0
-    assert max_violation(torch.tensor([9, 0, 0])) == 2
-    assert max_violation(torch.tensor([0, 0])) == 0
-
-
-def test_a_copy_of_the_model_counts_for_itself():
-    model = training_model()
-    twin = copy.deepcopy(model)
-    twin(random_ids(1, 4, vocab_size=W))
-    assert model.routers[0].tokens_per_expert.sum() == 0 < twin.routers[0].tokens_per_expert.sum()

@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -201,6 +202,21 @@ def test_any_number_of_shared_experts(shared):
         assert block.shared_experts.gate_proj.out_features == shared * WIDTH
         expected = expected + block.shared_experts(x)
     torch.testing.assert_close(block(x), expected)
+
+
+def test_state_with_one_tensor_an_expert_is_loaded_whole_or_in_shards(tmp_path):
+    model, whole, sharded = (LamoeForCausalLM(make_config()) for _ in range(3))
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    assert "model.layers.1.mlp.experts.3.up_proj.weight" in state
+    assert str(whole.load_state_dict(state)) == "<All keys matched successfully>"
+    for half in (0, 1):
+        sharded.load_state_dict({name: state[name] for name in sorted(state)[half::2]}, strict=False)
+    for name, expected in model.state_dict().items():
+        assert torch.equal(whole.state_dict()[name], expected), name
+        assert torch.equal(sharded.state_dict()[name], expected), name
+    with pytest.raises(RuntimeError, match=r"Missing key.*mlp.experts.gate_up_proj"):
+        whole.load_state_dict({name: x for name, x in state.items() if ".experts." not in name})
 
 
 def test_moe_layers_follow_frequency_and_dense_prefix():
