@@ -90,7 +90,8 @@ _TRANSFORMERS_KEYS = {
 # Fields of ours alone that no other program needs to know.
 _OWN_CHOICES = (
     "router_nonfinite", "router_implementation", "mla_form", "mla_absorb_max_tokens", "mla_implementation",
-    "skip_logits", "aux_loss_scope", "device_loss_alpha", "communication_loss_alpha", "expert_devices",
+    "skip_logits", "expert_recompute", "aux_loss_scope", "device_loss_alpha", "communication_loss_alpha",
+    "expert_devices",
 )  # fmt: skip
 # Keys of published config.json files that say nothing this model needs: read, and not kept.
 _SUPERSEDED_KEYS = ("head_dim", "qk_head_dim", "mlp_bias", "_post_init_done")
@@ -127,6 +128,9 @@ class LamoeConfig(PreTrainedConfig):
             an error that says why not) or "eager" (PyTorch).
         skip_logits: in training with labels, compute the loss without holding [tokens, vocabulary] logits; the
             output's `logits` are then None. `forward(skip_logits=...)` overrides it.
+        expert_recompute: the fused experts keep no pre-activation for the backward and compute it again: 4·K·F bytes a
+            token and layer less in bfloat16 (K experts of width F), a quarter more arithmetic in them. `lamoe.boost`
+            overrides it.
 
     Raises:
         ValueError: a field is unknown, or fields contradict each other; the message names field, value and way out.
@@ -218,6 +222,7 @@ class LamoeConfig(PreTrainedConfig):
     mla_absorb_max_tokens: int | None = None
     mla_implementation: str = "auto"
     skip_logits: bool = False
+    expert_recompute: bool = False
     ep_size: int = 1
     pretraining_tp: int = 1
 

@@ -25,6 +25,7 @@ from .modeling_lamoe import (
     LamoePreTrainedModel,
 )
 from .native import BoostReport, boost, unboost
+from .replay import record_routed_experts
 
 register(overwrite=True)  # over what a checkpoint's copy of the code may have put there
 AutoConfig.register(LamoeConfig.model_type, LamoeConfig, exist_ok=True)
@@ -65,5 +66,6 @@ __all__ = [
     "LamoePreTrainedModel",
     "RouterBalance",
     "boost",
+    "record_routed_experts",
     "unboost",
 ]

@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 from transformers.utils.generic import is_flash_attention_requested
 
+from .attention_choice import sdpa_attention
 from .cache import GrowingCache, GrowingLayer
 from .precision import KeepsFloat32
 from .prefill import Prompt, attention_by_heads
@@ -335,7 +336,8 @@ class LamoeAttention(nn.Module):
 
         Args:
             position_embeddings: cosines and sines [B, T, R/2].
-            attention_mask: as the attention implementation of the configuration wants it.
+            attention_mask: as the attention implementation of the configuration wants it; for "sdpa" also the
+                `Documents` of the batch.
             past_key_values: a Transformers cache; or None, with a paged cache as the keyword `cache`.
             mla_form: overrides `config.mla_form`.
             view: lets the Triton kernel do it, whatever the mask; None is for the other forms.
@@ -446,15 +448,15 @@ class LamoeAttention(nn.Module):
     def _expanded(self, q_BHTP, q_BHTR, c, k, attention_mask, kwargs) -> tuple[Tensor, Tensor | None]:
         expanded = self.kv_b_proj(c.squeeze(1)).unflatten(-1, (-1, sum(self.expanded_widths))).transpose(1, 2)
         key_BHSP, value_BHSV = expanded.split(self.expanded_widths, dim=-1)
-        key = torch.cat((key_BHSP, k.expand(-1, key_BHSP.shape[1], -1, -1)), dim=-1)
-        return self._attend(torch.cat((q_BHTP, q_BHTR), dim=-1), key, value_BHSV, attention_mask, **kwargs)
+        key = _side_by_side(key_BHSP, k.expand(-1, key_BHSP.shape[1], -1, -1))
+        return self._attend(_side_by_side(q_BHTP, q_BHTR), key, value_BHSV, attention_mask, **kwargs)
 
     def _attend(self, query, key, value, attention_mask, **kwargs) -> tuple[Tensor, Tensor | None]:
         """Transformers' attention of this name."""
-        name = self.config._attn_implementation
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            "eager" if name == "paged|eager" else name, eager_attention_forward
-        )
+        name, attend = self.config._attn_implementation, sdpa_attention
+        if name != "sdpa":
+            name = "eager" if name == "paged|eager" else name
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
         return attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
 
@@ -512,6 +514,11 @@ class LamoeAttention(nn.Module):
             kwargs.get("output_attentions", self.config.output_attentions),
         )
         return torch.matmul(out_BHTC, up_value_HVC.mT).transpose(1, 2), weights
+
+
+def _side_by_side(plain_BHTP: Tensor, rotary_BHTR: Tensor) -> Tensor:
+    """Both widths of each head, with heads beside each other in memory: so comes the output, and needs no copy."""
+    return torch.cat((plain_BHTP.transpose(1, 2), rotary_BHTR.transpose(1, 2)), dim=-1).transpose(1, 2)
 
 
 def _dense_mask(mask, T: int, S: int, device, causal: bool) -> Tensor | None:

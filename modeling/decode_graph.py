@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils import logging
 
 from .attention import decode_view, kernel_refusal
 from .cache import GrowingCache, GrowingLayer
 from .experts import NAME
 from .projections import adapter_layers, adapter_state
+from .replay import LamoeCausalLMOutput
 
 logger = logging.get_logger(__name__)
 
@@ -81,7 +81,7 @@ class Recorded:
 
 def replayed_step(
     model, input_ids: Tensor | None, mask: Tensor | None, positions: Tensor | None, cache, arguments: dict
-) -> MoeCausalLMOutputWithPast | None:
+) -> LamoeCausalLMOutput | None:
     """One token for each sequence by a graph: `model`'s logits [B, 1, W]; None if the step has to run as ever.
 
     Args:
@@ -120,7 +120,7 @@ def replayed_step(
     settle(model, cache)  # while the GPU is busy
     if recorded.watch is not None:
         recorded.watch.send(recorded.checksums)
-    return MoeCausalLMOutputWithPast(logits=recorded.logits.clone(), past_key_values=cache)
+    return LamoeCausalLMOutput(logits=recorded.logits.clone(), past_key_values=cache)
 
 
 def _renewed(model, input_ids: Tensor, mask: Tensor | None, cache) -> Recorded | None:

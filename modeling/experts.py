@@ -43,8 +43,18 @@ class ExpertOptions:
     accumulate: bool = False
 
 
-DEFAULT_OPTIONS = ExpertOptions()
+DEFAULT_OPTIONS, RECOMPUTING = ExpertOptions(), ExpertOptions(recompute=True)
 _OPTION_NAMES = tuple(field.name for field in fields(ExpertOptions))
+
+
+def expert_options(module: nn.Module) -> ExpertOptions:
+    """What `boost` was told for this layer; of a Lamoe model that was not boosted, what its configuration says."""
+    options = getattr(module, "_lamoe_options", None)
+    if options is None:
+        recompute = bool(getattr(getattr(module, "config", None), "expert_recompute", False))
+        options = RECOMPUTING if recompute else DEFAULT_OPTIONS
+    return options
+
 
 _ACTIVATIONS = {
     nn.SiLU: "silu",
@@ -100,7 +110,7 @@ def describe(module: nn.Module, *, sharded: bool = False) -> tuple[str, str]:
     why = _not_fused(module)
     if not why:
         return "fused", ""
-    options = getattr(module, "_lamoe_options", DEFAULT_OPTIONS)
+    options = expert_options(module)
     idle = [name for name in _OPTION_NAMES if getattr(options, name)]
     if idle:
         why.append(f"{', '.join(idle)}: without effect here")
@@ -176,7 +186,7 @@ def lamoe_experts_forward(
     if path == "composite":
         out = _composite(self, hidden_states, top_k_index, top_k_weights, *weights)
         return out if shared is None else out + shared
-    options = getattr(self, "_lamoe_options", DEFAULT_OPTIONS)
+    options = expert_options(self)
     return fused_experts(
         hidden_states, top_k_index, top_k_weights, *weights,
         activation=activation_name(self.act_fn), shared=shared, recompute=options.recompute,

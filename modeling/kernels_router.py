@@ -283,3 +283,14 @@ def route(
         logits_NE, bias_E, num_experts_per_tok, topk_method == "noaux_tc", n_group if grouped else 1,
         topk_group if grouped else 1, scoring_func == "softmax", bool(norm_topk_prob), float(routed_scaling_factor),
     )  # fmt: skip
+
+
+def weigh_gradient(
+    dweights_NK: Tensor, logits_NE: Tensor, experts_NK: Tensor, *, scoring_func: str, norm_topk_prob: bool,
+    routed_scaling_factor: float,
+) -> Tensor:  # fmt: skip
+    """Gradient of the logits [N, E] float32 from that of the weights [N, K], for any experts [N, K] int64."""
+    softmax = scoring_func == "softmax"
+    return _route_backward(
+        dweights_NK, logits_NE, experts_NK, softmax, bool(norm_topk_prob), float(routed_scaling_factor)
+    )

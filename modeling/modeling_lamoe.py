@@ -4,6 +4,7 @@ Parameter names are DeepSeek-V3's. Attention is in attention.py, experts in moe.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack
 
@@ -13,19 +14,20 @@ from transformers.cache_utils import Cache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.generation import GenerationMixin
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
     GradientCheckpointingLayer,
 )
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import LamoeAttention, LamoeRMSNorm, LamoeRotaryEmbedding, decode_view
+from .attention_choice import find_documents
 from .cache import GrowingCache
 from .configuration_lamoe import LamoeConfig
 from .correction import move_biases, summed_over_ranks
@@ -34,11 +36,15 @@ from .decode_step import few_tokens_layer, fuses
 from .experts import default_implementation
 from .generation import LamoeGenerationMixin
 from .losses import RunningLoad, next_token_loss, router_losses
-from .moe import LamoeExperts, LamoeMLP, LamoeMoE, LamoeTopkRouter
+from .moe import LamoeExperts, LamoeMLP, LamoeMoE, LamoeTopkRouter, Routing
 from .prefill import feed_by_tokens, prompt_view, tokens_at_once
 from .projections import uncomputable_weight, unreadable_weight
+from .replay import LamoeCausalLMOutput, LamoeModelOutput, routings, stacked
+from .token_loss import logits_loss
 
 logger = logging.get_logger(__name__)
+
+_HALF = (torch.bfloat16, torch.float16)
 
 # On disk there is one tensor an expert, in memory one for all (FACTS: DeepSeek's names): merged while loading, split
 # again while saving. Without this entry experts would stay random with a mere report.
@@ -79,8 +85,13 @@ class LamoeDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = LamoeRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = LamoeRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None, **kwargs) -> Tensor:
-        """[B, T, D] to [B, T, D]; `token_mask` [B, T] is False at padding, the rest goes to the attention."""
+    def forward(
+        self, hidden_states: Tensor, token_mask: Tensor | None = None, routing: Routing | None = None, **kwargs
+    ) -> Tensor:
+        """[B, T, D] to [B, T, D]; `token_mask` [B, T] is False at padding, `routing` is of this call alone.
+
+        The rest goes to the attention.
+        """
         cache, view = kwargs.get("past_key_values"), kwargs.get("view")
         if view is not None and view.recorded and fuses(self, hidden_states):
             layer = cache.layers[self.self_attn.layer_idx]
@@ -90,10 +101,10 @@ class LamoeDecoderLayer(GradientCheckpointingLayer):
         del attended
         recorded = kwargs.get("output_router_logits", self.self_attn.config.output_router_logits)
         tokens = tokens_at_once(hidden_states, self.mlp, bool(recorded))
-        if tokens < hidden_states.shape[0] * hidden_states.shape[1]:
+        if routing is None and tokens < hidden_states.shape[0] * hidden_states.shape[1]:
             return feed_by_tokens(hidden_states, self.post_attention_layernorm, self.mlp, tokens)
         normed = self.post_attention_layernorm(hidden_states)
-        fed = self.mlp(normed, token_mask) if isinstance(self.mlp, LamoeMoE) else self.mlp(normed)
+        fed = self.mlp(normed, token_mask, routing) if isinstance(self.mlp, LamoeMoE) else self.mlp(normed)
         return hidden_states + fed
 
 
@@ -233,18 +244,22 @@ class LamoeModel(LamoePreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         mla_form: str | None = None,
+        routed_experts: Tensor | Sequence[Tensor] | None = None,
+        output_routed_experts: bool = False,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> MoeModelOutputWithPast:
+    ) -> LamoeModelOutput:
         """Hidden states [B, T, D] of `input_ids` [B, T] or `inputs_embeds` [B, T, D].
 
         Args:
             attention_mask: [B, S], 0 at padding; or a ready mask [B, 1, T, S].
             position_ids: [B, T]; several sequences packed in a row each start anew at 0.
             mla_form: "expanded" or "absorbed" overrides `config.mla_form`.
+            routed_experts: experts to replay in place of the routers' choice, see `replay.routings`.
+            output_routed_experts: also return the experts that were used.
 
         Raises:
-            ValueError: not exactly one of `input_ids` and `inputs_embeds`; or a router saw NaN or infinite values and
-                `config.router_nonfinite` is "raise".
+            ValueError: not exactly one of `input_ids` and `inputs_embeds`; `routed_experts` do not fit the model or
+                the tokens; or a router saw NaN or infinite values and `config.router_nonfinite` is "raise".
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -266,7 +281,11 @@ class LamoeModel(LamoePreTrainedModel):
                 self.config, inputs_embeds, attention_mask, past_key_values, packed_ids, mla_form, kwargs
             )
         causal_mask = None
-        if view is None and (prompt is None or prompt.ready):
+        if view is None and prompt is None:
+            causal_mask = find_documents(
+                self.config, inputs_embeds, attention_mask, packed_ids, past_key_values, mla_form, kwargs
+            )
+        if view is None and causal_mask is None and (prompt is None or prompt.ready):
             causal_mask = create_causal_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
@@ -280,13 +299,15 @@ class LamoeModel(LamoePreTrainedModel):
         if self.training and attention_mask is not None and attention_mask.dim() == 2:
             token_mask = attention_mask[:, -T:].bool()
 
+        layers = routings(self.config, inputs_embeds, routed_experts, output_routed_experts)
         hidden_states = inputs_embeds
         del inputs_embeds  # a long prompt's would be held by all layers
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
-        for layer in self.layers:
+        for layer, routing in zip(self.layers, layers, strict=True):
             hidden_states = layer(
                 hidden_states,
                 token_mask=token_mask,
+                routing=routing,
                 position_embeddings=position_embeddings,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
@@ -303,7 +324,11 @@ class LamoeModel(LamoePreTrainedModel):
                 checksums = self.checksums()
                 if checksums is not None:
                     self.refuse_nonfinite(checksums)
-        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return LamoeModelOutput(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,
+            routed_experts=stacked(layers, hidden_states) if output_routed_experts else None,
+        )
 
     def decodes(self, x: Tensor) -> bool:
         """Whether every layer's kv_b_proj can be absorbed; where one cannot, a mask is needed."""
@@ -374,8 +399,10 @@ class LamoeForCausalLM(LamoeGenerationMixin, LamoePreTrainedModel, GenerationMix
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool | None = None,
         mla_form: str | None = None,
+        routed_experts: Tensor | Sequence[Tensor] | None = None,
+        output_routed_experts: bool = False,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> MoeCausalLMOutputWithPast:
+    ) -> LamoeCausalLMOutput:
         """Logits [B, T, vocabulary] of the next token, and the loss if there are `labels` [B, T] (-100 is no target).
 
         In training the loss includes the balancing losses and the z-loss of the router, with the weights of the
@@ -386,11 +413,12 @@ class LamoeForCausalLM(LamoeGenerationMixin, LamoePreTrainedModel, GenerationMix
             logits_to_keep: compute only the last so many logits (0 is all), or those at these positions.
             skip_logits: with labels, never hold the logits, and return None for them; None takes the configuration's
                 in training.
-            mla_form: as for `LamoeModel.forward`.
+            mla_form, routed_experts, output_routed_experts: as for `LamoeModel.forward`.
         """
         arguments = {
             "inputs_embeds": inputs_embeds, "labels": labels, "use_cache": use_cache, "logits_to_keep": logits_to_keep,
-            "output_router_logits": output_router_logits, "skip_logits": skip_logits, "mla_form": mla_form, **kwargs,
+            "output_router_logits": output_router_logits, "skip_logits": skip_logits, "mla_form": mla_form,
+            "routed_experts": routed_experts, "output_routed_experts": output_routed_experts or None, **kwargs,
         }  # fmt: skip
         replayed = replayed_step(self, input_ids, attention_mask, position_ids, past_key_values, arguments)
         if replayed is not None:
@@ -410,6 +438,8 @@ class LamoeForCausalLM(LamoeGenerationMixin, LamoePreTrainedModel, GenerationMix
             use_cache=use_cache,
             mla_form=mla_form,
             output_router_logits=output_router_logits or balanced,
+            routed_experts=routed_experts,
+            output_routed_experts=output_routed_experts,
             **kwargs,
         )
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
@@ -420,13 +450,13 @@ class LamoeForCausalLM(LamoeGenerationMixin, LamoePreTrainedModel, GenerationMix
         if loss is None:
             logits = self.lm_head(hidden_states)
             if labels is not None:
-                loss = self.loss_function(logits=logits, labels=labels, vocab_size=config.vocab_size, **kwargs)
+                loss = self._loss_of_logits(logits, labels, **kwargs)
         if outputs.router_logits and labels is not None:
             aux_loss, added = self._router_losses(
                 outputs.router_logits, labels, attention_mask, position_ids, **kwargs
             )
             loss = loss + added.to(loss.device) if balanced else loss
-        return MoeCausalLMOutputWithPast(
+        return LamoeCausalLMOutput(
             loss=loss,
             aux_loss=aux_loss,
             logits=logits,
@@ -434,7 +464,15 @@ class LamoeForCausalLM(LamoeGenerationMixin, LamoePreTrainedModel, GenerationMix
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits if output_router_logits else None,
+            routed_experts=outputs.routed_experts,
         )
+
+    def _loss_of_logits(self, logits: Tensor, labels: Tensor, **kwargs) -> Tensor:
+        """`self.loss_function`; of half-precision logits its default without the float32 copies that it would hold."""
+        if self.loss_function is ForCausalLMLoss and logits.dtype in _HALF and not torch.compiler.is_compiling():
+            known = ("num_items_in_batch", "shift_labels", "ignore_index")
+            return logits_loss(logits, labels, **{name: kwargs[name] for name in known if name in kwargs})
+        return self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
 
     def _loss_without_logits(self, hidden_states, labels, num_items_in_batch=None, shift_labels=None, **kwargs):
         if unreadable_weight(self.lm_head, hidden_states):

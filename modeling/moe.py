@@ -10,12 +10,14 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
 from .experts import DEFAULT_OPTIONS, NAME, activation_name, describe, lamoe_experts_forward
 from .precision import KeepsFloat32
+from .recompute import exact_linear, gated_linear
 
 FEW_LOGITS = 2**14  # a layer's logits that are kept until all layers' are summed in one launch
 
@@ -67,12 +69,21 @@ def route_eager(logits_NE: Tensor, bias_E: Tensor | None, config) -> tuple[Tenso
     """Weights [N, K] in the logits' dtype, differentiable, and experts [N, K] int64 as by `select_experts`."""
     scores = expert_scores(logits_NE, config.scoring_func)
     experts = select_experts(selection_values(logits_NE, scores, config), bias_E, config)
-    weights = scores.gather(1, experts)
+    return _weigh(scores, experts, config), experts
+
+
+def weigh_experts(logits_NE: Tensor, experts_NK: Tensor, config) -> Tensor:
+    """Weights [N, K] in the logits' dtype, differentiable, of experts that are chosen already."""
+    return _weigh(expert_scores(logits_NE, config.scoring_func), experts_NK, config)
+
+
+def _weigh(scores_NE: Tensor, experts_NK: Tensor, config) -> Tensor:
+    weights = scores_NE.gather(1, experts_NK)
     if config.norm_topk_prob:
         weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
     if config.routed_scaling_factor != 1:
         weights = weights * config.routed_scaling_factor
-    return weights, experts
+    return weights
 
 
 _ROUTING_FIELDS = (
@@ -87,20 +98,65 @@ def route(logits_NE: Tensor, bias_E: Tensor | None, config) -> tuple[Tensor, Ten
     Raises:
         ValueError: it is "triton", and the kernel does not run here; the message says why.
     """
+    if not _routes_fused(logits_NE, bias_E, config):
+        return route_eager(logits_NE, bias_E, config)
+    from .kernels_router import route as route_fused
+
+    return route_fused(logits_NE, bias_E, **{name: getattr(config, name) for name in _ROUTING_FIELDS})
+
+
+def _routes_fused(logits_NE: Tensor, bias_E: Tensor | None, config) -> bool:
+    """Whether the kernels route these logits; where they must and cannot, they or this say why."""
     implementation = config.router_implementation
     if implementation == "eager" or (implementation == "auto" and not logits_NE.is_cuda):
-        return route_eager(logits_NE, bias_E, config)
-    fields = {name: getattr(config, name) for name in _ROUTING_FIELDS}
+        return False
     try:
-        from .kernels_router import route as route_fused
         from .kernels_router import why_not_route
     except ImportError as error:
         if implementation == "triton":
             raise ValueError(str(error)) from error
-        return route_eager(logits_NE, bias_E, config)
-    if implementation == "auto" and why_not_route(logits_NE, bias_E, **fields):
-        return route_eager(logits_NE, bias_E, config)
-    return route_fused(logits_NE, bias_E, **fields)
+        return False
+    fields = {name: getattr(config, name) for name in _ROUTING_FIELDS}
+    return implementation == "triton" or not why_not_route(logits_NE, bias_E, **fields)
+
+
+class _Weighing(torch.autograd.Function):
+    """`weigh_experts`, which keeps the same two tensors whoever computes it: checkpointing counts what is kept."""
+
+    @staticmethod
+    def forward(ctx, logits_NE, experts_NK, weights_NK, config, fused):
+        ctx.save_for_backward(logits_NE, experts_NK)
+        ctx.config, ctx.fused = config, fused
+        return weigh_experts(logits_NE, experts_NK, config) if weights_NK is None else weights_NK.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dweights_NK):
+        logits_NE, experts_NK = ctx.saved_tensors
+        if ctx.fused:
+            from .kernels_router import weigh_gradient
+
+            fields = {name: getattr(ctx.config, name) for name in _ROUTING_FIELDS[-3:]}
+            return weigh_gradient(dweights_NK, logits_NE, experts_NK, **fields), None, None, None, None
+        with torch.enable_grad():
+            leaf = logits_NE.detach().requires_grad_()
+            weights = weigh_experts(leaf, experts_NK, ctx.config)
+        return torch.autograd.grad(weights, leaf, dweights_NK)[0], None, None, None, None
+
+
+class Routing:
+    """What one call of a layer chooses: told beforehand, or written by its first forward and read by recomputation.
+
+    Gradient checkpointing hands a layer the very same arguments again, so that each call finds its own, however many
+    are in flight and in whatever order they are recomputed: it cannot route differently, and counts once.
+
+    Args:
+        given: [B, T, K] of any integer dtype; a token with a negative id is routed anew. None routes all anew.
+    """
+
+    def __init__(self, given: Tensor | None = None):
+        self.given = given
+        self.chosen: Tensor | None = None  # [N, K] int64, once there was a forward
 
 
 class LamoeTopkRouter(KeepsFloat32, nn.Module):
@@ -132,30 +188,55 @@ class LamoeTopkRouter(KeepsFloat32, nn.Module):
         """Start counting anew."""
         self.tokens_per_expert.zero_()
 
-    def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, hidden_states: Tensor, token_mask: Tensor | None = None, routing: Routing | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Route `hidden_states` [..., D]: logits [N, E] float32, weights [N, K] float32, experts [N, K] int64.
 
         Args:
             token_mask: [N] boolean, False where a token is padding; such tokens are routed but not counted.
+            routing: experts that are taken in place of those that the logits choose, and where the chosen are noted;
+                weights are always of the current logits.
         """
         x_ND = hidden_states.flatten(0, -2)
-        exact = torch.promote_types(x_ND.dtype, torch.float32)
         with nullcontext() if x_ND.is_meta else torch.autocast(x_ND.device.type, enabled=False):
-            logits = F.linear(x_ND.to(exact), self.weight.to(exact))
+            logits = exact_linear(x_ND, self.weight)
         if self.config.router_nonfinite == "zero":
             logits = torch.where(torch.isfinite(logits).all(dim=-1, keepdim=True), logits, 0.0)
-        weights, experts = self.choose(logits, token_mask)
+        weights, experts = self.choose(logits, token_mask, routing)
         return logits, weights, experts
 
-    def choose(self, logits: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def choose(
+        self, logits: Tensor, token_mask: Tensor | None = None, routing: Routing | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Weights [N, K] float32 and experts [N, K] int64 of `logits` [N, E], watched and counted as in `forward`."""
         if self.config.router_nonfinite == "raise" and not torch.compiler.is_compiling():
             self.checksum = logits.detach() if logits.numel() <= FEW_LOGITS else logits.detach().sum()
         bias = self.e_score_correction_bias if self.config.topk_method == "noaux_tc" else None
-        weights, experts = route(logits, bias, self.config)
-        if self.training and not _recomputing():
+        again = routing is not None and routing.chosen is not None
+        if routing is None:
+            weights, experts = route(logits, bias, self.config)
+        else:
+            weights, experts = self._route_as_told(logits, bias, routing)
+        if self.training and not again and not _recomputing():
             self._count(experts, token_mask)
         return weights, experts
+
+    def _route_as_told(self, logits: Tensor, bias: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor]:
+        weights, experts = None, routing.chosen
+        if experts is None:
+            with torch.no_grad():
+                weights, experts = route(logits, bias, self.config)
+            if routing.given is not None:
+                given = routing.given.reshape(experts.shape).to(experts)
+                experts = torch.where((given < 0).any(dim=-1, keepdim=True), experts, given)
+                weights = None
+            routing.chosen = experts
+        if torch.compiler.is_compiling():
+            return weigh_experts(logits, experts, self.config), experts
+        return _Weighing.apply(
+            logits, experts, weights, self.config, _routes_fused(logits, bias, self.config)
+        ), experts
 
     @torch.no_grad()
     def _count(self, experts: Tensor, token_mask: Tensor | None):
@@ -249,7 +330,8 @@ class LamoeMLP(nn.Module):
         self.numbers_a_token = 3 * intermediate_size + 3 * config.hidden_size  # that are held at once, about
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
+        return gated_linear(gate, up, self.down_proj, self.act_fn, activation_name(self.act_fn) == "silu")
 
 
 class LamoeMoE(nn.Module):
@@ -263,20 +345,14 @@ class LamoeMoE(nn.Module):
         shared_width = config.moe_intermediate_size * config.n_shared_experts
         self.shared_experts = LamoeMLP(config, shared_width) if shared_width else None
 
-    @property
-    def numbers_a_token(self) -> int:
-        """How many numbers are held at once for each token, about: its rows at the experts, and the router's copy."""
-        config = self.config
-        copies = 1 if config._experts_implementation == NAME else 3  # the others gather, gate, weight apart
-        rows = config.num_experts_per_tok * (config.hidden_size + config.moe_intermediate_size)
-        return copies * rows + 3 * config.moe_intermediate_size * config.n_shared_experts + 4 * config.hidden_size
-
-    def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, token_mask: Tensor | None = None, routing: Routing | None = None
+    ) -> Tensor:
         """Feed `hidden_states` [B, T, D] forward; `token_mask` [B, T] is False at padding."""
         if self.config.router_nonfinite == "zero":
             finite = torch.isfinite(hidden_states).all(dim=-1, keepdim=True)
             hidden_states = torch.where(finite, hidden_states, 0.0)
-        _, weights, experts = self.gate(hidden_states, None if token_mask is None else token_mask.reshape(-1))
+        _, weights, experts = self.gate(hidden_states, None if token_mask is None else token_mask.reshape(-1), routing)
         return self.feed(hidden_states.flatten(0, -2), experts, weights).view_as(hidden_states)
 
     def feed(self, x_ND: Tensor, experts: Tensor, weights: Tensor, residual: Tensor | None = None) -> Tensor:

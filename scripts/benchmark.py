@@ -33,8 +33,12 @@ from lamoe.scripts.expert_speed import SHAPES, decode_cost, model_step_cost, tra
 from lamoe.scripts.expert_tiles import best_tiles
 from lamoe.scripts.prefill_speed import peak_of, prompt_cost
 from lamoe.scripts.result_tables import markdown_tables
+from lamoe.scripts.train_speed import CASES, documents_cost, train_step_cost
 
-SUITES = ("cache", "attention", "prefill", "decode", "mla", "moe", "moe-decode", "step", "tune", "tables")
+SUITES = (
+    "cache", "attention", "prefill", "decode", "mla", "moe", "moe-decode", "step", "train", "documents", "tune",
+    "tables",
+)  # fmt: skip
 _NATIVE = {"deepseek_v2": DeepseekV2Config, "deepseek_v3": DeepseekV3Config}
 
 
@@ -67,6 +71,8 @@ class Arguments:
         default_factory=list,
         metadata={"help": "moe: whom to run beside dense cuBLAS; none is all."},
     )
+    cases: list[str] = field(default_factory=lambda: list(CASES), metadata={"help": f"train: of {', '.join(CASES)}."})
+    length: int = field(default=4096, metadata={"help": "train: tokens a sequence."})
     tokens: list[int] = field(default_factory=lambda: [1, 8, 64, 256], metadata={"help": "moe-decode: tokens a call."})
     rows: Path | None = field(
         default=None, metadata={"help": "JSONL file that the rows are added to; tables: the folder that is printed."}
@@ -82,7 +88,7 @@ def main(arguments: Arguments):
         return
     suites = {
         "cache": cache_bytes, "attention": attention_step, "prefill": prefill, "decode": decode, "mla": mla,
-        "moe": moe, "moe-decode": moe_decode, "step": step, "tune": tune,
+        "moe": moe, "moe-decode": moe_decode, "step": step, "train": train, "documents": documents, "tune": tune,
     }  # fmt: skip
     rows = suites[arguments.suite](arguments)
     table = Table(*rows[0], title=f"{arguments.suite}, {device_name()}")
@@ -306,6 +312,35 @@ def step(arguments: Arguments) -> list[dict]:
         "native boosted": (native, lambda: boost(native)),
     }
     return model_step_cost(turns, batch, length)
+
+
+def train(arguments: Arguments) -> list[dict]:
+    """A step of training on real text, all weights and LoRA: ours, the native class, and that class boosted."""
+    unknown = [case for case in arguments.cases if case not in CASES]
+    if unknown:
+        raise ValueError(f"cases={unknown} are not among {', '.join(CASES)}.")
+    device, rows = "cuda" if torch.cuda.is_available() else "cpu", []
+    for name in arguments.cases:
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        models = pair(arguments.preset, arguments.layers or CASES[name].layers, device, dtype)
+        rows += train_step_cost(name, CASES[name], *models, arguments.length)
+        del models
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    return rows
+
+
+def documents(arguments: Arguments) -> list[dict]:
+    """Attention over packed documents, one causal call for each against one call for all: what LONG_DOCUMENT is by."""
+    if not torch.cuda.is_available():
+        raise ValueError("suite='documents' needs a GPU.")
+    lengths, ways = [256, 512, 1024, 2048, 4096, 8192], ["each", "varlen", "masked"]
+    return [
+        row
+        for heads in arguments.heads[:1]
+        for row in documents_cost(heads, (192, 128), 16384, lengths, "cuda", torch.bfloat16, ways)
+    ]
 
 
 def tune(arguments: Arguments) -> list[dict]:

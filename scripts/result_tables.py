@@ -18,7 +18,7 @@ def markdown_tables(folder: Path) -> dict[str, str]:
     """Every table in Markdown, by the name of its suite; suites without rows have none."""
     makers = {
         "decode": _decode, "mla": _mla, "attention": _attention, "prefill": _prefill, "cache": _cache, "moe": _moe,
-        "moe-decode": _moe_decode, "step": _step,
+        "moe-decode": _moe_decode, "step": _step, "train": _train,
     }  # fmt: skip
     suites = read_rows(folder)
     return {suite: "\n".join(make(suites[suite])) for suite, make in makers.items() if suite in suites}
@@ -132,4 +132,24 @@ def _step(rows: list[dict]) -> list[str]:
     for r in rows:
         name = f"{r['model']}, {r['layers']} layers, {r['tokens']:,} tokens, {_short(r['device'])}"
         lines.append(f"| {name} | {r['tokens_per_second']:,.0f} | {r['peak_gib']:.1f} |")
+    return lines
+
+
+def _train(rows: list[dict]) -> list[str]:
+    by = {(r["device"], r["case"], r["model"]): r for r in rows}
+    lines = [
+        "| step of training, tokens a second (peak, GiB) | native grouped_mm | native boosted | Lamoe | over native "
+        "| share of its peak |",
+        "|---|---|---|---|---|---|",
+    ]
+    for device, case in dict.fromkeys((r["device"], r["case"]) for r in rows):
+        native, boosted, ours = (by[device, case, who] for who in ("native grouped_mm", "native boosted", "lamoe"))
+        what = f"LoRA r={ours['lora_rank']}" if ours["lora_rank"] else "all weights"
+        shape = f"{ours['layers']} layers, {what}, {ours['batch']} x {ours['length']:,}"
+        cells = [f"{r['tokens_per_second']:,.0f} ({r['peak_gib']:.1f})" for r in (native, boosted, ours)]
+        lines.append(
+            f"| {shape}{', checkpointed' * ours['checkpointing']}, {_short(device)} | {' | '.join(cells)} "
+            f"| {ours['tokens_per_second'] / native['tokens_per_second']:.2f} "
+            f"| {ours['peak_gib'] / native['peak_gib']:.0%} |"
+        )
     return lines
