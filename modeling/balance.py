@@ -42,6 +42,7 @@ class LayerBalance:
             that prefers nobody, 0 one that is certain. Of Lamoe only; elsewhere None.
         bias_range: greatest less smallest correction bias; None without one.
         busiest: the expert with the highest load.
+        load: tokens of each expert, all steps together.
     """
 
     label: str
@@ -52,6 +53,7 @@ class LayerBalance:
     router_entropy: float | None
     bias_range: float | None
     busiest: int
+    load: tuple[int, ...]
 
 
 class _Layer:
@@ -220,6 +222,7 @@ class RouterBalance:
             router_entropy=None if entropy is None or not tokens else entropy / tokens / most,
             bias_range=bias_range,
             busiest=int(load.argmax()),
+            load=tuple(load.tolist()),
         )
 
     @property

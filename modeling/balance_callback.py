@@ -82,6 +82,7 @@ class BalanceCallback(TrainerCallback, ExportableState):
         self.speed, self.schedule, self.warmup, self.stop = speed, schedule, warmup, stop
         self.per_layer, self.alarm, self.group = per_layer, alarm, group
         self.balance: RouterBalance | None = None
+        self.rows: list[LayerBalance] = []  # of the last log
         self.alarmed: set[str] = set()
 
     def state(self) -> dict:
@@ -111,12 +112,12 @@ class BalanceCallback(TrainerCallback, ExportableState):
         """Add the balance since the last log to Trainer's own logs."""
         if self.balance is None or logs is None or "loss" not in logs:
             return
-        rows = self.balance.report()
+        self.rows = rows = self.balance.report()
         if not rows:
             return
         added = {"bias_speed": self._speed(state)} if any(row.bias_range is not None for row in rows) else {}
         totals = {"dead_experts": sum, "bias_range": max}
-        for name in [field.name for field in fields(LayerBalance) if field.name not in ("label", "busiest")]:
+        for name in [field.name for field in fields(LayerBalance) if field.name not in ("label", "busiest", "load")]:
             values = {row.label: getattr(row, name) for row in rows if getattr(row, name) is not None}
             if values:
                 added[name] = totals.get(name, _mean)(values.values())

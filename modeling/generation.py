@@ -34,6 +34,19 @@ class LamoeGenerationMixin:
 
     _launch_bound = False
 
+    def generate(self, *args, **kwargs):
+        """Transformers' `generate`, in evaluation mode as long as it runs: TRL's GRPO calls it in a training step.
+
+        Else routers would count tokens that nobody trains on, and each step would go the slower ways of training.
+        """
+        in_training = [module for module in self.modules() if module.training]
+        self.eval()
+        try:
+            return super().generate(*args, **kwargs)
+        finally:
+            for module in in_training:
+                module.training = True
+
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
         """Transformers' answer; and note whether decoding will wait for launches, as few rows do without a graph."""
         compiles = super()._valid_auto_compile_criteria(model_kwargs, generation_config)

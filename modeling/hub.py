@@ -66,7 +66,9 @@ def load_complete(model_class, folder: str | Path, **kwargs) -> PreTrainedModel:
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
     wrong = {kind: sorted(map(str, report[kind])) for kind in kinds if report.get(kind)}
     first = model.config.num_hidden_layers  # past the last layer lie those of multi-token prediction
-    extra = tuple(f"model.layers.{first + k}." for k in range(model.config.num_nextn_predict_layers or 0))
+    extra = tuple(
+        f"model.layers.{first + k}." for k in range(getattr(model.config, "num_nextn_predict_layers", 0) or 0)
+    )
     if wrong.get("unexpected_keys") and extra:
         wrong["unexpected_keys"] = [name for name in wrong["unexpected_keys"] if not name.startswith(extra)]
     if any(wrong.values()):

@@ -345,6 +345,14 @@ class LamoeMoE(nn.Module):
         shared_width = config.moe_intermediate_size * config.n_shared_experts
         self.shared_experts = LamoeMLP(config, shared_width) if shared_width else None
 
+    @property
+    def numbers_a_token(self) -> int:
+        """How many numbers are held at once for each token, about: its rows at the experts, and the router's copy."""
+        config = self.config
+        copies = 1 if config._experts_implementation == NAME else 3  # the others gather, gate, weight apart
+        rows = config.num_experts_per_tok * (config.hidden_size + config.moe_intermediate_size)
+        return copies * rows + 3 * config.moe_intermediate_size * config.n_shared_experts + 4 * config.hidden_size
+
     def forward(
         self, hidden_states: Tensor, token_mask: Tensor | None = None, routing: Routing | None = None
     ) -> Tensor:

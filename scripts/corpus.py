@@ -1,4 +1,4 @@
-"""Texts for the commands: files to documents, documents to packed sequences, and how well a model predicts them."""
+"""Texts for the commands: files to documents, a tokenizer for them, and how well a model predicts them."""
 
 import json
 import math
@@ -8,42 +8,83 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+BEGIN, END = "<|begin|>", "<|end|>"
 
 
-def read_documents(files: Sequence[str]) -> list[str]:
-    """The texts in `files`: a `.jsonl` file holds one in the field "text" of each line, any other file is one itself.
+def read_records(path: str | Path, fields: Sequence[str] = ("text",)) -> list[dict]:
+    """What `path` holds: a `.jsonl` file one record in each line, any other file one text, {"text": ...}.
+
+    Args:
+        fields: names of which each record has at least one, with a string or a list (of messages).
 
     Raises:
-        ValueError: a file is empty or not UTF-8, or a line has no "text"; the message says where.
+        ValueError: the file is missing, empty or not UTF-8, or a line holds no such record; the message says where.
     """
-    documents = []
-    for path in map(Path, files):
-        try:
-            content = path.read_bytes().decode("utf-8")
-        except FileNotFoundError as error:
-            raise ValueError(f"There is no file {path}.") from error
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 at byte {error.start}; convert it first.") from error
-        found = [content]
-        if path.suffix == ".jsonl":
-            found = [
-                _text_of(line, f"{path}, line {i}") for i, line in enumerate(content.split("\n"), 1) if line.strip()
-            ]
-        if not any(found):
-            raise ValueError(f"{path} holds no text.")
-        documents += found
-    return documents
+    path = Path(path)
+    try:
+        content = path.read_bytes().decode("utf-8")
+    except FileNotFoundError as error:
+        raise ValueError(f"There is no file {path}.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 at byte {error.start}; convert it first.") from error
+    if path.suffix == ".jsonl":
+        lines = content.split("\n")  # not splitlines: a JSON string may hold other ends of lines
+        records = [_record(line, fields, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+    else:
+        records = [{"text": content}] if content else []
+    if not any(any(record.values()) for record in records):
+        raise ValueError(f"{path} holds no text.")
+    return records
 
 
-def _text_of(line: str, where: str) -> str:
+def _record(line: str, fields: Sequence[str], where: str) -> dict:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not JSON: {error}.") from error
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise ValueError(f'{where} has no field "text" that holds a string.')
-    return record["text"]
+    if not isinstance(record, dict) or not any(isinstance(record.get(name), (str, list)) for name in fields):
+        names = " or ".join(f'"{name}"' for name in fields)
+        raise ValueError(f"{where} has no text in a field {names}.")
+    return record
+
+
+def read_documents(files: Sequence[str | Path]) -> list[str]:
+    """The texts in `files`: a `.jsonl` file holds one in the field "text" of each line, any other file is one itself.
+
+    Raises:
+        ValueError: as `read_records`.
+    """
+    return [record["text"] for path in files for record in read_records(path)]
+
+
+def train_tokenizer(text: str, vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer: every text has an encoding, and decoding gives it back."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BEGIN, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BEGIN, eos_token=END, pad_token=END)
+
+
+def start_token(tokenizer) -> int:
+    """The token that a document's first one is predicted from: the beginning token, or the end token if there is none.
+
+    Raises:
+        ValueError: the tokenizer has neither.
+    """
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise ValueError("The tokenizer has no beginning or end token to predict the first token from; set one.")
+    return start
 
 
 def refuse_larger_tokenizer(tokenizer, vocab_size: int):
@@ -53,25 +94,6 @@ def refuse_larger_tokenizer(tokenizer, vocab_size: int):
             f"The tokenizer has {len(tokenizer)} entries and the model's vocabulary {vocab_size}; take the tokenizer "
             f"that belongs to the model, or call model.resize_token_embeddings({len(tokenizer)}) and save it first."
         )
-
-
-def pack(tokenizer, documents: Sequence[str], sequence_length: int) -> list[dict[str, Tensor]]:
-    """Training examples of exactly `sequence_length` tokens: documents end to end, each closed by the end token.
-
-    Raises:
-        ValueError: the documents do not fill one sequence.
-    """
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    stream = []
-    for document in documents:
-        stream += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + end
-    rows = len(stream) // sequence_length
-    if rows < 1:
-        raise ValueError(
-            f"The text is {len(stream)} tokens, less than one sequence of {sequence_length}; lower --sequence_length."
-        )
-    packed = torch.tensor(stream[: rows * sequence_length]).view(rows, sequence_length)
-    return [{"input_ids": row, "labels": row} for row in packed]
 
 
 @dataclass
@@ -124,9 +146,7 @@ def score(model, tokenizer, documents: Sequence[str], window: int, stride: int, 
     """
     if not 1 <= stride <= window:
         raise ValueError(f"stride={stride} does not lie between 1 and window={window}; else tokens would be left out.")
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if start is None:
-        raise ValueError("The tokenizer has no beginning or end token to predict the first token from; set one.")
+    start = start_token(tokenizer)
     training, total = model.training, Score(0.0, 0, 0)
     model.eval()
     for document in documents:

@@ -1,22 +1,41 @@
-"""Fine-tune a checkpoint on text with LoRA on its attention and shared experts (Trainer + PEFT)."""
+"""Fine-tune a checkpoint with TRL on text, chats, preferences or rewards: LoRA or all weights (SFT, DPO, GRPO)."""
 
-import warnings
+import dataclasses
+import importlib
+import importlib.util
+import json
+import re
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from huggingface_hub import snapshot_download
+from peft import LoraConfig
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer, Trainer, TrainingArguments, default_data_collator, set_seed
-from trl import TrlParser
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, set_seed
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer, TrlParser
 
+import lamoe
 from lamoe import BalanceCallback, LamoeConfig, LamoeForCausalLM
+from lamoe.configuration.configuration_lamoe import FAMILY_DEFAULTS
 from lamoe.hub import load_complete
 from lamoe.scripts.convert import mtp_tensors
-from lamoe.scripts.corpus import pack, read_documents, refuse_larger_tokenizer, score
-from lamoe.scripts.folders import fresh_folder, refuse_full
+from lamoe.scripts.corpus import refuse_larger_tokenizer, score
+from lamoe.scripts.folders import fresh_folder, last_checkpoint, training_folder
+from lamoe.scripts.packing import load_rows
+from lamoe.scripts.training import (
+    choose_precision,
+    read_mapping,
+    refuse_steps,
+    report_last,
+    write_record,
+)
 
+# Attention and shared experts of the latent-attention families, and attention of the others. Not kv_b_proj: with an
+# unmerged adapter on it, each step of decoding expands the whole context.
 TARGETS = [
     "q_proj",
     "q_a_proj",
@@ -27,29 +46,97 @@ TARGETS = [
     "shared_experts.up_proj",
     "shared_experts.down_proj",
 ]
+OTHER_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+# For each method, the columns of which the data need one of these sets.
+COLUMNS = {
+    "sft": (("text",), ("messages",), ("prompt", "completion")),
+    "dpo": (("chosen", "rejected"),),
+    "grpo": (("prompt",),),
+}
+TRAINERS = {"sft": (SFTTrainer, SFTConfig), "dpo": (DPOTrainer, DPOConfig), "grpo": (GRPOTrainer, GRPOConfig)}
 
 
 @dataclass
 class Arguments:
-    model: str = field(metadata={"help": "Folder of the checkpoint, with its tokenizer."})
-    texts: list[str] = field(metadata={"help": 'Text files, or .jsonl files with a field "text" a line, to train on.'})
-    output_dir: str = field(metadata={"help": "Folder for the adapter, or with --merge for the merged checkpoint."})
-    held_out: list[str] = field(
-        default_factory=list, metadata={"help": "Such files to measure on before and after; none measures nothing."}
+    model: str = field(metadata={"help": "Folder or name on the Hub of the checkpoint, with its tokenizer."})
+    texts: list[str] = field(
+        metadata={
+            "help": 'What to train on: text files; .jsonl or .parquet files with "text", "messages", or "prompt" and '
+            '"completion" (dpo: "chosen" and "rejected", grpo: "prompt"); folders of them, or names of datasets on '
+            "the Hub, with a configuration after a colon."
+        }
     )
+    output_dir: str = field(
+        metadata={
+            "help": "Folder for the adapter, or with --merge or --no_lora for the whole checkpoint. While training, "
+            "its checkpoints lie in <output_dir>.training."
+        }
+    )
+    method: str = field(
+        default="sft",
+        metadata={"help": "Supervised, on preferences, or on rewards.", "choices": ["sft", "dpo", "grpo"]},
+    )
+    held_out: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Such data to measure on before and after (sft, dpo); none measures nothing."},
+    )
+    split: str = field(default="train", metadata={"help": "Split of folders and datasets."})
+    text_field: str = field(default="text", metadata={"help": "Column that holds plain text."})
+    chat_template: str | None = field(
+        default=None, metadata={"help": "Jinja file of the chat template, in place of the tokenizer's own."}
+    )
+    loss_on: str = field(
+        default="auto",
+        metadata={
+            "help": "Which tokens count in sft: auto is the completion where data have one and else all; assistant is "
+            "what the assistant says in messages.",
+            "choices": ["auto", "assistant", "all"],
+        },
+    )
+    packing: bool = field(
+        default=True,
+        metadata={"help": "Pack sft data without padding; documents do not see one another. Else pad each batch."},
+    )
+    reward: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Rewards of grpo: file.py:function or package.module.function, as TRL calls them."},
+    )
+    lora: bool = field(default=True, metadata={"help": "Train a LoRA; --no_lora trains the weights themselves."})
     rank: int = field(default=16, metadata={"help": "Rank of the LoRA factors."})
     alpha: float = field(default=32, metadata={"help": "Scale of the LoRA, divided by its rank."})
     targets: list[str] = field(
-        default_factory=lambda: list(TARGETS),
+        default_factory=list,
         metadata={
-            "help": "Endings of the names of the layers that get a LoRA. kv_b_proj is left out by default: with an "
-            "unmerged adapter on it, each step of decoding expands the whole context."
+            "help": "Endings of the names of the layers that get a LoRA: by default attention (without kv_b_proj, "
+            "which with an adapter could not be absorbed in decoding) and shared experts."
+        },
+    )
+    router: str = field(
+        default="frozen",
+        metadata={"help": "Whether --no_lora also trains the routers.", "choices": ["frozen", "trained"]},
+    )
+    bias_speed: float = field(
+        default=0.0, metadata={"help": "Step of the routers' balancing bias; 0 leaves it as it is, and logs the load."}
+    )
+    router_aux_loss_coef: float = field(
+        default=0.0, metadata={"help": "Weight of TRL's balancing loss (Mixtral's, over all layers at once)."}
+    )
+    native: bool = field(
+        default=False, metadata={"help": "Take Transformers' own class also where Lamoe has one for the checkpoint."}
+    )
+    boost: bool = field(default=False, metadata={"help": "Lend Lamoe's kernels to a native class: lamoe.boost."})
+    weights: str = field(
+        default="auto",
+        metadata={
+            "help": "What the base weights are held in: auto is bf16 for LoRA in bf16, and else float32, which small "
+            "steps need.",
+            "choices": ["auto", "bf16", "float32"],
         },
     )
     learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate of AdamW."})
-    epochs: float = field(default=1.0, metadata={"help": "Passes over the text."})
+    epochs: float = field(default=1.0, metadata={"help": "Passes over the data."})
     steps: int = field(default=-1, metadata={"help": "Optimizer steps; if positive, --epochs does not count."})
-    sequence_length: int = field(default=1024, metadata={"help": "Tokens a sequence; texts are packed end to end."})
+    sequence_length: int = field(default=1024, metadata={"help": "Tokens a packed sequence, or at most in one."})
     batch_size: int = field(default=1, metadata={"help": "Sequences a device and a forward."})
     accumulation: int = field(default=8, metadata={"help": "Forwards a step."})
     checkpointing: bool = field(
@@ -58,115 +145,291 @@ class Arguments:
     precision: str = field(
         default="auto", metadata={"help": "bf16, fp16 or float32; auto is bf16 on a GPU that has it, else float32."}
     )
+    settings: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "More fields of TRL's SFTConfig, DPOConfig or GRPOConfig, as JSON: '{\"beta\": 0.1}'."},
+    )
     merge: bool = field(
         default=False, metadata={"help": "Save the merged model, which loads without PEFT, in place of the adapter."}
     )
     mtp: str = field(
         default="keep",
         metadata={
-            "help": "drop lets --merge lose the multi-token-prediction layers of a checkpoint that has them.",
+            "help": "drop lets --merge and --no_lora lose the multi-token-prediction layers of a checkpoint that has "
+            "them.",
             "choices": ["keep", "drop"],
         },
     )
+    logging_steps: int = field(default=10, metadata={"help": "Steps between logs."})
+    save_steps: int = field(default=0, metadata={"help": "Steps between checkpoints; 0 is none."})
+    report_to: list[str] = field(
+        default_factory=list, metadata={"help": "Where to log besides: tensorboard, wandb, trackio, ..."}
+    )
+    resume: bool = field(
+        default=False, metadata={"help": "Go on with what a killed run left; with nothing there, begin."}
+    )
+    keep_checkpoints: bool = field(
+        default=False, metadata={"help": "Leave <output_dir>.training with its checkpoints when training has ended."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Let the checkpoint's own code make its tokenizer; read it first."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the LoRA's weights and of the order of the data."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace the output folder if it is not empty."})
+    overwrite: bool = field(
+        default=False, metadata={"help": "Replace the output folder, and what a killed run left for it."}
+    )
 
 
-def choose_precision(precision: str) -> str:
-    """One of bf16, fp16 and float32.
+def find_checkpoint(model: str) -> Path:
+    """The folder `model`, or that of a model on the Hub once it is downloaded (or was).
 
     Raises:
-        ValueError: `precision` is not one of these, nor auto.
+        ValueError: it is neither.
     """
-    if precision not in ("auto", "bf16", "fp16", "float32"):
-        raise ValueError(f"precision={precision!r} is not one of auto, bf16, fp16, float32.")
-    if precision == "fp16":
-        warnings.warn("fp16 overflows in the routers and experts of large models; bf16 does not.", stacklevel=2)
-    if precision == "auto":
-        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
-    return precision
+    if Path(model).is_dir():
+        return Path(model)
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.py"]))
+    except (OSError, ValueError) as error:  # the errors of huggingface_hub are among these
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{model} is neither a folder nor a model that the Hub gives: {reason}") from error
+
+
+def read_rows(arguments: Arguments, sources: list[str], tokenizer):
+    """The data in `sources`.
+
+    Raises:
+        ValueError: their columns are not those of the method, or they are chats and there is no template for them.
+    """
+    wanted = [
+        [arguments.text_field if name == "text" else name for name in names] for names in COLUMNS[arguments.method]
+    ]
+    rows = load_rows(sources, arguments.split, fields=tuple(name for names in wanted for name in names))
+    if not any(set(names) <= set(rows.column_names) for names in wanted):
+        raise ValueError(
+            f"The data have the columns {', '.join(rows.column_names)}; {arguments.method} needs "
+            f"{', or '.join(' and '.join(names) for names in wanted)}."
+        )
+    chats = any(isinstance(value, list) for value in rows[0].values())
+    if chats and not tokenizer.chat_template:
+        raise ValueError("The data are chats, and the tokenizer has no chat template; name one with --chat_template.")
+    if arguments.loss_on == "assistant" and "messages" not in rows.column_names:
+        raise ValueError(f"loss_on='assistant' needs messages; the data have {', '.join(rows.column_names)}.")
+    return rows
+
+
+def find_reward(name: str):
+    """The function `name`: file.py:function or package.module.function.
+
+    Raises:
+        ValueError: there is none.
+    """
+    file, _, function = name.rpartition(":") if ":" in name else name.rpartition(".")
+    try:
+        if file.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(file)
+        return getattr(module, function)
+    except (ImportError, OSError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"reward={name!r} is neither file.py:function nor package.module.function: {error}."
+        ) from error
+
+
+def load_model(arguments: Arguments, folder: Path, config, precision: str, console: Console):
+    """The model in `folder`: Lamoe's class where it reads the family, else Transformers' own.
+
+    Raises:
+        ValueError: its weights are not complete.
+    """
+    model_class = LamoeForCausalLM if isinstance(config, LamoeConfig) else AutoModelForCausalLM
+    half = arguments.weights == "bf16" or (arguments.weights == "auto" and precision == "bf16" and arguments.lora)
+    model = load_complete(model_class, folder, dtype=torch.bfloat16 if half else torch.float32)
+    model.name_or_path = model.config.name_or_path = arguments.model  # not the folder of a download: adapters name it
+    if arguments.boost:
+        console.print(str(lamoe.boost(model)), markup=False, highlight=False)
+    return model
+
+
+def freeze_routers(model):
+    """Let the routers' weights be; their biases are no parameters."""
+    for module in model.modules():
+        if re.search(r"Router$", type(module).__name__):
+            module.requires_grad_(False)
+
+
+def trl_config(arguments: Arguments, work: Path, precision: str):
+    """TRL's arguments for the method.
+
+    Raises:
+        ValueError: `settings` is no object of JSON, or a count of steps does not fit that between logs.
+    """
+    refuse_steps(arguments.logging_steps, save_steps=arguments.save_steps)
+    more = read_mapping("settings", arguments.settings)
+    own = {}
+    if arguments.method == "sft":
+        own = {
+            "max_length": arguments.sequence_length,
+            "dataset_text_field": arguments.text_field,
+            "packing": arguments.packing,
+            "packing_strategy": "bfd_split",  # plain "bfd" would cut long documents off
+            "eval_packing": False,
+            "assistant_only_loss": arguments.loss_on == "assistant",
+            "completion_only_loss": False if arguments.loss_on == "all" else None,
+        }
+    elif arguments.method == "dpo":
+        own = {"max_length": arguments.sequence_length}
+    _, config_class = TRAINERS[arguments.method]
+    common = {
+        "output_dir": str(work),
+        "max_steps": arguments.steps,
+        "num_train_epochs": arguments.epochs,
+        "per_device_train_batch_size": arguments.batch_size,
+        "gradient_accumulation_steps": arguments.accumulation,
+        "activation_checkpointing": arguments.checkpointing,
+        "activation_checkpointing_kwargs": {"use_reentrant": False},
+        "learning_rate": arguments.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.03,
+        "router_aux_loss_coef": arguments.router_aux_loss_coef,
+        "bf16": precision == "bf16",
+        "fp16": precision == "fp16",
+        "logging_steps": arguments.logging_steps,
+        "save_strategy": "steps" if arguments.save_steps else "no",
+        "save_steps": arguments.save_steps or 500,
+        "save_total_limit": 2,
+        "report_to": arguments.report_to or "none",
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "seed": arguments.seed,
+    }
+    return config_class(**{**common, **own, **more})
+
+
+def measure(arguments: Arguments, trainer: Trainer, tokenizer, held_out) -> dict[str, float]:
+    """Figures of the held-out data by name: of plain text the loss and bits per byte, else what TRL measures."""
+    if trainer.eval_dataset is None:
+        window = min(arguments.sequence_length, trainer.model.config.max_position_embeddings)
+        found = score(trainer.model, tokenizer, held_out[arguments.text_field], window, max(1, window // 2))
+        return {"loss, nats a token": found.loss, "bits per byte": found.bits_per_byte}
+    names = {
+        "eval_loss": "loss",
+        "eval_mean_token_accuracy": "token accuracy",
+        "eval_rewards/accuracies": "chosen over rejected",
+    }
+    figures = trainer.evaluate()
+    return {name: figures[key] for key, name in names.items() if key in figures}
 
 
 def main(arguments: Arguments):
-    """Check everything, train, measure and save.
+    """Check everything, train or go on with training, measure and save.
 
     Raises:
-        ValueError: the output folder is not empty, a text cannot be read, the tokenizer does not fit the checkpoint,
-            or merging would lose its multi-token-prediction layers.
+        ValueError: the output folder is not empty, data, tokenizer or settings do not fit, or saving would lose the
+            checkpoint's multi-token-prediction layers.
     """
-    refuse_full(arguments.output_dir, arguments.overwrite)
-    precision = choose_precision(arguments.precision)
-    config = LamoeConfig.from_pretrained(arguments.model)
-    if arguments.merge and arguments.mtp != "drop" and mtp_tensors(Path(arguments.model), config):
-        raise ValueError(
-            f"num_nextn_predict_layers={config.num_nextn_predict_layers}: the merged checkpoint would lose these "
-            "multi-token-prediction layers; pass --mtp drop to let them go, or save the adapter without --merge."
-        )
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    refuse_larger_tokenizer(tokenizer, config.vocab_size)
-    examples = pack(tokenizer, read_documents(arguments.texts), arguments.sequence_length)
-    held_out = read_documents(arguments.held_out)
-
     console = Console()
-    set_seed(arguments.seed)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    base = load_complete(LamoeForCausalLM, arguments.model, dtype=dtype)
-    lora = LoraConfig(
-        r=arguments.rank, lora_alpha=arguments.alpha, target_modules=arguments.targets, task_type="CAUSAL_LM"
-    )
-    model = get_peft_model(base, lora)
-    model.print_trainable_parameters()
+    told = dataclasses.asdict(arguments)
+    with training_folder(arguments.output_dir, told, arguments.resume, arguments.overwrite) as work:
+        precision = choose_precision(arguments.precision)
+        trainer_arguments = trl_config(arguments, work, precision)
+        checkpoint = find_checkpoint(arguments.model)
+        config = read_config(checkpoint, arguments.native)
+        whole = arguments.merge or not arguments.lora
+        extra = getattr(config, "num_nextn_predict_layers", 0)
+        if whole and arguments.mtp != "drop" and extra and mtp_tensors(checkpoint, config):
+            raise ValueError(
+                f"num_nextn_predict_layers={extra}: the {'merged' if arguments.lora else 'trained'} checkpoint would "
+                "lose these multi-token-prediction layers; pass --mtp drop to let them go, or save an adapter "
+                "(neither --merge nor --no_lora)."
+            )
+        if arguments.method == "grpo" and not arguments.reward:
+            raise ValueError("method='grpo' needs --reward, a function that judges what the model writes.")
+        if arguments.method == "grpo" and arguments.held_out:
+            raise ValueError("method='grpo' logs its rewards while it trains; --held_out is for sft and dpo.")
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=arguments.trust_remote_code)
+        refuse_larger_tokenizer(tokenizer, config.vocab_size)
+        if arguments.chat_template is not None:
+            tokenizer.chat_template = Path(arguments.chat_template).read_text(encoding="utf-8")
+        rows = read_rows(arguments, arguments.texts, tokenizer)
+        held_out = read_rows(arguments, arguments.held_out, tokenizer) if arguments.held_out else None
 
-    with fresh_folder(arguments.output_dir, arguments.overwrite) as folder:
-        trainer = Trainer(
+        set_seed(arguments.seed)
+        last = last_checkpoint(work)
+        # Trainer resumes by load_state_dict, which knows nothing of native experts with one tensor each on disk.
+        source = last if last and not arguments.lora else checkpoint
+        model = load_model(arguments, source, config, precision, console)
+        before_training = {name: getattr(model.config, name, None) for name in SAVED}
+        if not arguments.lora and arguments.router == "frozen":
+            freeze_routers(model)
+        lora = None
+        if arguments.lora:
+            targets = arguments.targets or (TARGETS if hasattr(config, "kv_lora_rank") else OTHER_TARGETS)
+            lora = LoraConfig(
+                r=arguments.rank, lora_alpha=arguments.alpha, target_modules=targets, task_type="CAUSAL_LM"
+            )
+        needed = {}
+        if held_out is not None and arguments.text_field not in held_out.column_names:
+            needed["eval_dataset"] = held_out
+        if arguments.method == "grpo":
+            needed["reward_funcs"] = [find_reward(name) for name in arguments.reward]
+        elif arguments.method == "dpo" and lora is None:
+            needed["ref_model"] = load_model(arguments, checkpoint, config, precision, console)
+        trainer_class, _ = TRAINERS[arguments.method]
+        trainer = trainer_class(
             model=model,
-            args=TrainingArguments(
-                output_dir=str(folder),
-                max_steps=arguments.steps,
-                num_train_epochs=arguments.epochs,
-                per_device_train_batch_size=arguments.batch_size,
-                gradient_accumulation_steps=arguments.accumulation,
-                activation_checkpointing=arguments.checkpointing,
-                activation_checkpointing_kwargs={"use_reentrant": False},
-                learning_rate=arguments.learning_rate,
-                lr_scheduler_type="cosine",
-                warmup_steps=0.03,
-                bf16=precision == "bf16",
-                fp16=precision == "fp16",
-                logging_steps=10,
-                save_strategy="no",
-                report_to="none",
-                label_names=["labels"],
-                seed=arguments.seed,
-                dataloader_pin_memory=torch.cuda.is_available(),
-            ),
-            train_dataset=examples,
-            data_collator=default_data_collator,
-            callbacks=[BalanceCallback(speed=0)],
+            args=trainer_arguments,
+            train_dataset=rows,
+            processing_class=tokenizer,
+            peft_config=lora,
+            callbacks=[BalanceCallback(arguments.bias_speed)],
+            **needed,
+        )
+        report_last(trainer)
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        console.print(
+            f"Training {trained:,} of {sum(parameter.numel() for parameter in model.parameters()):,} weights."
         )
 
-        def measure():
-            window = min(arguments.sequence_length, config.max_position_embeddings)
-            return score(model, tokenizer, held_out, window, max(1, window // 2)) if held_out else None
-
-        before = measure()
-        trainer.train()
-        after = measure()
-        if held_out:
+        before = measure(arguments, trainer, tokenizer, held_out) if held_out is not None else {}
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        if held_out is not None:
+            after = measure(arguments, trainer, tokenizer, held_out)
             table = Table("on held-out text", "before", "after")
-            table.add_row("loss, nats a token", f"{before.loss:.4f}", f"{after.loss:.4f}")
-            table.add_row("bits per byte", f"{before.bits_per_byte:.4f}", f"{after.bits_per_byte:.4f}")
+            for name, figure in before.items():
+                table.add_row(name, f"{figure:.4f}", f"{after[name]:.4f}")
             console.print(table)
 
-        base.config.use_cache = True  # Trainer turns it off, and it would stay off in the saved config.json
-        if arguments.merge:
-            merged = model.merge_and_unload()
-            merged.config.num_nextn_predict_layers = 0
-            merged.save_pretrained(folder)
-        else:
-            model.save_pretrained(folder, save_embedding_layers=False)
-        tokenizer.save_pretrained(folder)
-    console.print(f"{'Merged checkpoint' if arguments.merge else 'Adapter'} in {arguments.output_dir}")
+        if trainer.is_world_process_zero():
+            for name, value in before_training.items():
+                setattr(model.config, name, value)
+            with fresh_folder(arguments.output_dir, arguments.overwrite) as folder:
+                if whole:
+                    final = trainer.model.merge_and_unload() if arguments.lora else trainer.model
+                    if extra:
+                        final.config.num_nextn_predict_layers = 0
+                    final.save_pretrained(folder)
+                else:
+                    trainer.model.save_pretrained(folder, save_embedding_layers=False)
+                tokenizer.save_pretrained(folder)
+                write_record(folder, told, trainer.state.log_history)
+                if (work / "runs").is_dir():  # TensorBoard's
+                    shutil.copytree(work / "runs", folder / "runs")
+    console.print(f"{'Checkpoint' if whole else 'Adapter'} in {arguments.output_dir}")
+
+
+# What Trainer and TRL change in the configuration while they train, and what would stay so in the saved config.json.
+SAVED = ("use_cache", "output_router_logits", "router_aux_loss_coef")
+
+
+def read_config(folder: Path, native: bool):
+    """The checkpoint's configuration, as a LamoeConfig if Lamoe has a class for it and `native` is false."""
+    family = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if not native and family in (LamoeConfig.model_type, *FAMILY_DEFAULTS):
+        return LamoeConfig.from_pretrained(folder)
+    return AutoConfig.from_pretrained(folder)
 
 
 if __name__ == "__main__":

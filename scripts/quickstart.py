@@ -8,10 +8,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     GenerationConfig,
-    PreTrainedTokenizerFast,
     TextStreamer,
     Trainer,
     TrainingArguments,
@@ -24,11 +22,11 @@ from trl import TrlParser
 from lamoe import BalanceCallback, LamoeConfig, LamoeForCausalLM
 from lamoe.balance import max_violation
 from lamoe.hub import compare_logits, load_three_ways
-from lamoe.scripts.corpus import Score, pack, read_documents, score
+from lamoe.scripts.corpus import Score, read_documents, score, train_tokenizer
 from lamoe.scripts.folders import fresh_folder
+from lamoe.scripts.packing import pack
 
 SHAKESPEARE = Path(__file__).parent / "data" / "shakespeare.txt"
-BEGIN, END = "<|begin|>", "<|end|>"
 
 
 @dataclass
@@ -58,21 +56,6 @@ class Arguments:
     overwrite: bool = field(default=False, metadata={"help": "Replace the output folder if it is not empty."})
 
 
-def train_tokenizer(text: str, vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer: every text has an encoding, and decoding gives it back."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[BEGIN, END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BEGIN, eos_token=END, pad_token=END)
-
-
 def split(text: str, held_out: float) -> tuple[str, str]:
     """The text for training and its end for evaluation, cut between lines."""
     cut = text.find("\n", int(len(text) * (1 - held_out))) + 1
@@ -80,11 +63,11 @@ def split(text: str, held_out: float) -> tuple[str, str]:
 
 
 @torch.no_grad()
-def measure_balance(model: LamoeForCausalLM, examples: list[dict]) -> float:
-    """MaxVio of the routers over `examples`, the mean of the layers."""
+def measure_balance(model: LamoeForCausalLM, input_ids: torch.Tensor) -> float:
+    """MaxVio of the routers over `input_ids` [B, T], the mean of the layers."""
     model.train()  # routers count in training only
     model.update_router_bias(speed=0)
-    for batch in torch.stack([example["input_ids"] for example in examples]).split(8):
+    for batch in input_ids.split(8):
         model.model(batch.to(model.device))
     counts = model.update_router_bias(speed=0)
     return sum(map(max_violation, counts)) / len(counts)
@@ -153,7 +136,9 @@ def main(arguments: Arguments):
 
         def evaluate() -> tuple[Score, float]:
             length = arguments.sequence_length
-            return score(model, tokenizer, [held_out_text], length, length), measure_balance(model, held_out[:32])
+            return score(model, tokenizer, [held_out_text], length, length), measure_balance(
+                model, held_out.input_ids[:32]
+            )
 
         console.print(
             f"Training {config.num_hidden_layers} layers of {config.n_routed_experts} experts on "

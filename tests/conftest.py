@@ -29,3 +29,26 @@ def calls(monkeypatch) -> dict[str, int]:
     from tests.registry import count_calls
 
     return count_calls(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A byte-level tokenizer of 300 entries, without a chat template."""
+    from lamoe.scripts import quickstart
+
+    return quickstart.train_tokenizer(quickstart.SHAKESPEARE.read_text(encoding="utf-8")[:30_000], 300)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory, tokenizer):
+    """A folder with a random tiny model of V3's shape, saved by us, and a tokenizer that fits it."""
+    from lamoe import LamoeForCausalLM
+    from tests.tiny import native_model
+
+    folder = tmp_path_factory.mktemp("checkpoint")
+    native_model("v3", torch.float32, vocab_size=304, max_position_embeddings=160).save_pretrained(folder)
+    model = LamoeForCausalLM.from_pretrained(folder)
+    model.config.num_nextn_predict_layers = 0
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

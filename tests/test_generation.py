@@ -452,3 +452,18 @@ def test_forced_where_it_cannot_run_the_decode_kernel_says_why(ours, monkeypatch
     monkeypatch.setattr(ours.config, "mla_implementation", "triton")
     with pytest.raises(ValueError, match=r"kv_lora_rank=.* use mla_implementation='eager'"):
         generate(ours, random_ids(1, 5))
+
+
+def test_generating_in_the_middle_of_training_counts_nothing(tmp_path):
+    """As TRL's GRPO does: the same tokens as in evaluation, no load, and every module is as it was."""
+    _, model = lamoe_model("v3", tmp_path, torch.float32)
+    ids = random_ids(1, 5)
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(ids, **settings)
+    model.train()
+    model.model.norm.eval()
+    assert torch.equal(model.generate(ids, **settings), expected)
+    assert not any(router.tokens_per_expert.any() for router in model.routers)
+    assert [name for name, module in model.named_modules() if not module.training] == ["model.norm"]
+    model(ids)
+    assert all(router.tokens_per_expert.sum() == 5 * 3 for router in model.routers)

@@ -355,3 +355,24 @@ def test_initialisation_leaves_nothing_unset():
         assert not (tensor == 77).any(), name
         if tensor.dim() > 1:
             assert abs(float(tensor.detach().std()) - std) < std / 3, name
+
+
+def test_experts_load_from_one_tensor_each_as_checkpoints_hold_them():
+    """By load_state_dict, which Trainer resumes with; at once, and from shards that hold some of the experts."""
+    source, at_once, by_shards = (LamoeExperts(make_config()) for _ in range(3))
+    for experts in (source, at_once, by_shards):
+        experts.reset_parameters(0.3)
+    tensors = {}
+    for expert in range(E):
+        gate, up = source.gate_up_proj[expert].detach().chunk(2)
+        parts = {"gate_proj": gate, "up_proj": up, "down_proj": source.down_proj[expert].detach()}
+        tensors |= {f"{expert}.{name}.weight": part.clone() for name, part in parts.items()}
+    assert at_once.load_state_dict(dict(tensors)) == ([], [])
+    names = sorted(tensors)
+    for shard in (names[:10], names[10:]):
+        by_shards.load_state_dict({name: tensors[name] for name in shard}, strict=False)
+    for experts in (at_once, by_shards):
+        assert torch.equal(experts.gate_up_proj, source.gate_up_proj)
+        assert torch.equal(experts.down_proj, source.down_proj)
+    assert len(tensors) == 3 * E  # the caller's are left alone
+    assert at_once.load_state_dict(source.state_dict()) == ([], [])

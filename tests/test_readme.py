@@ -12,7 +12,12 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 # What makes a command short enough for a test.
-SHORT = {"quickstart": "--steps 2 --max_new_tokens 4", "finetune": "--steps 2", "evaluate": "--window 64"}
+SHORT = {
+    "quickstart": "--steps 2 --max_new_tokens 4",
+    "pretrain": "--steps 2 --logging_steps 2 --eval_steps 2 --save_steps 0 --sample_steps 2 --sample_tokens 4",
+    "finetune": "--steps 2",
+    "evaluate": "--window 64",
+}
 INSTALLS = ["pip install -e '.[train]' && lamoe quickstart", "pip install -e '.[dev]' && pytest -n 2"]
 
 

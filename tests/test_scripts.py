@@ -6,36 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import TrlParser
 
 from lamoe import LamoeConfig, LamoeForCausalLM
 from lamoe.hub import checkpoint_tensors
-from lamoe.scripts import convert, corpus, evaluate, finetune, folders, generate, quickstart
+from lamoe.scripts import convert, corpus, evaluate, finetune, folders, generate, pretrain, quickstart
+from tests.commands import options
 from tests.tiny import FAMILIES, native_model, random_ids
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 TEXT = quickstart.SHAKESPEARE.read_text(encoding="utf-8")[:30_000]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return quickstart.train_tokenizer(TEXT, 300)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, tokenizer):
-    """A folder with a random tiny model of V3's shape, saved by us, and a tokenizer that fits it."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    native_model("v3", torch.float32, vocab_size=304, max_position_embeddings=160).save_pretrained(folder)
-    model = LamoeForCausalLM.from_pretrained(folder)
-    model.config.num_nextn_predict_layers = 0
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -43,11 +25,6 @@ def text_file(tmp_path):
     file = tmp_path / "text.txt"
     file.write_text(TEXT[:6_000], encoding="utf-8")
     return str(file)
-
-
-def options(script, *words):
-    """The arguments of `script` as the command line gives them."""
-    return TrlParser(script.Arguments).parse_args_and_config([str(word) for word in words])[0]
 
 
 def logits(model, ids):
@@ -87,6 +64,7 @@ def test_a_folder_is_complete_or_as_before(tmp_path, full):
     ("script", "words"),
     [
         (quickstart, ()),
+        (pretrain, ("--texts", "absent")),
         (finetune, ("--model", "absent", "--texts", "absent")),
         (convert, ("--model", "absent")),
     ],
@@ -106,7 +84,7 @@ def test_every_writer_refuses_first(script, words, tmp_path):
     [
         ("a.txt", b"", "a.txt holds no text."),
         ("a.txt", b"ab\xffc", "a.txt is not UTF-8 at byte 2; convert it first."),
-        ("a.jsonl", b'{"text": "x"}\n\n{"body": "y"}\n', 'a.jsonl, line 3 has no field "text" that holds a string.'),
+        ("a.jsonl", b'{"text": "x"}\n\n{"body": "y"}\n', 'a.jsonl, line 3 has no text in a field "text".'),
         ("a.jsonl", b"{text}", "a.jsonl, line 1 is not JSON"),
         ("b.txt", None, "There is no file "),
     ],
@@ -123,15 +101,6 @@ def test_documents(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one\\u2028"}\n{"text": "two"}\n', encoding="utf-8")
     (tmp_path / "b.md").write_bytes("drei\r\nöäü".encode())
     assert corpus.read_documents([tmp_path / "a.jsonl", tmp_path / "b.md"]) == ["one\u2028", "two", "drei\r\nöäü"]
-
-
-def test_packing_keeps_every_token_in_order(tokenizer):
-    examples = corpus.pack(tokenizer, ["To be", "or not to be"], 4)
-    stream = torch.cat([example["input_ids"] for example in examples])
-    assert all(len(example["input_ids"]) == 4 for example in examples)
-    assert tokenizer.decode(stream).startswith("To be<|end|>or not")
-    with pytest.raises(ValueError, match=r"less than one sequence of 4000; lower --sequence_length\."):
-        corpus.pack(tokenizer, ["To be"], 4000)
 
 
 @pytest.mark.parametrize(("length", "window", "stride"), [(1, 8, 4), (8, 8, 8), (9, 8, 8), (50, 8, 3), (50, 64, 1)])
@@ -303,59 +272,10 @@ def test_a_tokenizer_that_is_too_large_is_refused(script, checkpoint, tmp_path, 
 # finetune
 
 
-@pytest.fixture
-def short_training(checkpoint, text_file, tmp_path):
-    """Words for a short training into tmp_path/out."""
-    words = ["--texts", text_file, "--held_out", text_file, "--output_dir", tmp_path / "out", "--sequence_length", 32]
-    return [*words, "--steps", 4, "--batch_size", 4, "--accumulation", 2, "--learning_rate", "1e-2", "--rank", 4]
-
-
-def test_finetune_saves_an_adapter(checkpoint, short_training, tmp_path, capsys):
-    finetune.main(options(finetune, "--model", checkpoint, *short_training, "--checkpointing"))
-    row = next(line for line in capsys.readouterr().out.splitlines() if "bits per byte" in line)
-    before, after = map(float, row.strip("│").split("│")[1:])
-    assert after < before
-    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    trained = {name.split(".lora_")[0].split("layers.1.")[-1] for name in saved if "layers.1." in name}
-    attention = {f"self_attn.{name}" for name in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj")}
-    assert trained == attention | {f"mlp.shared_experts.{name}_proj" for name in ("gate", "up", "down")}
-    assert not [name for name in saved if "layers.0.mlp" in name]
-    base = LamoeForCausalLM.from_pretrained(checkpoint)
-    ids = random_ids(1, 9)
-    plain = logits(base, ids)
-    assert (logits(PeftModel.from_pretrained(base, tmp_path / "out"), ids) - plain).abs().max() > 1e-3
-
-
-def test_finetune_merges_into_a_dual_mode_folder(checkpoint, short_training, tmp_path):
-    finetune.main(options(finetune, "--model", checkpoint, *short_training, "--merge"))
-    native = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert type(native).__name__ == "DeepseekV3ForCausalLM"
-    assert native.config.use_cache
-    ids = random_ids(1, 9)
-    ours = LamoeForCausalLM.from_pretrained(tmp_path / "out")
-    torch.testing.assert_close(logits(native, ids), logits(ours, ids), rtol=1e-3, atol=1e-3)
-    assert (logits(ours, ids) - logits(LamoeForCausalLM.from_pretrained(checkpoint), ids)).abs().max() > 1e-3
-
-
 def test_finetune_will_not_lose_mtp_layers(mtp_checkpoint, tokenizer, text_file, tmp_path):
     words = ["--model", mtp_checkpoint, "--texts", text_file, "--output_dir", tmp_path / "out", "--merge"]
     with pytest.raises(ValueError, match=r"num_nextn_predict_layers=1: the merged .* pass --mtp drop"):
         finetune.main(options(finetune, *words))
-
-
-def test_precision(recwarn):
-    assert finetune.choose_precision("bf16") == "bf16"
-    with pytest.raises(ValueError, match="precision='fp8' is not one of auto, bf16, fp16, float32"):
-        finetune.choose_precision("fp8")
-    with pytest.warns(UserWarning, match="fp16 overflows in the routers .* bf16 does not"):
-        assert finetune.choose_precision("fp16") == "fp16"
-
-
-@pytest.mark.parametrize("recipe", sorted((SCRIPTS / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
-def test_recipes_fit_their_script(recipe):
-    script = {"finetune": finetune}[recipe.stem.partition("-")[0]]
-    arguments = options(script, "--config", recipe, "--output_dir", "elsewhere", "--rank", 8)
-    assert (arguments.output_dir, arguments.rank, arguments.learning_rate) == ("elsewhere", 8, 1e-3)
 
 
 # convert
