@@ -91,7 +91,7 @@ _TRANSFORMERS_KEYS = {
 _OWN_CHOICES = (
     "router_nonfinite", "router_implementation", "mla_form", "mla_absorb_max_tokens", "mla_implementation",
     "skip_logits", "expert_recompute", "aux_loss_scope", "device_loss_alpha", "communication_loss_alpha",
-    "expert_devices",
+    "expert_devices", "mtp_loss_coef",
 )  # fmt: skip
 # Keys of published config.json files that say nothing this model needs: read, and not kept.
 _SUPERSEDED_KEYS = ("head_dim", "qk_head_dim", "mlp_bias", "_post_init_done")
@@ -119,7 +119,10 @@ class LamoeConfig(PreTrainedConfig):
             step; not in layers that are compiled), "zero" (such a token enters the experts as zeros) or "ignore".
         router_implementation: who routes: "auto" (the Triton kernel on a GPU, PyTorch elsewhere), "eager" (PyTorch) or
             "triton" (an error where the kernel does not run). The chosen experts are the same.
-        num_nextn_predict_layers: multi-token-prediction layers of the checkpoint.
+        num_nextn_predict_layers: multi-token-prediction layers (DeepSeek-V3, section 2.2), each one depth.
+        mtp_loss_coef: weight of their loss, that training adds: by default DeepSeek-V3's 0.3 of its first 10 of 14.8T
+            tokens (0.1 afterwards). Layers that the model does not train along with itself draft ever worse; with 0
+            they do not run in training.
         mla_form: "auto" expands keys and values for many new tokens and absorbs the up-projections into query and
             output for few; "expanded" and "absorbed" force one form. The results are equal to float rounding.
         mla_absorb_max_tokens: the most new tokens that "auto" absorbs; None takes C(P+V)/(2C-P-V), the number of
@@ -195,6 +198,7 @@ class LamoeConfig(PreTrainedConfig):
     first_k_dense_replace: int | None = 3
     moe_layer_freq: int | None = 1
     num_nextn_predict_layers: int | None = 0
+    mtp_loss_coef: float | int = 0.3
     hidden_act: str = "silu"
     max_position_embeddings: int = 163840
     initializer_range: float = 0.02
@@ -392,6 +396,9 @@ class LamoeConfig(PreTrainedConfig):
                 f"num_key_value_heads={self.num_key_value_heads} is not num_attention_heads={self.num_attention_heads}"
                 "; all heads share one latent, so there is nothing to group: leave num_key_value_heads out."
             )
+        for name in ("num_nextn_predict_layers", "mtp_loss_coef"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative; 0 is without.")
         if self.qk_head_dim < 1:
             raise ValueError("qk_nope_head_dim and qk_rope_head_dim are both 0; a query needs some width.")
 

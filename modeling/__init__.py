@@ -24,6 +24,7 @@ from .modeling_lamoe import (
     LamoeModel,
     LamoePreTrainedModel,
 )
+from .mtp_callback import MTPCallback
 from .native import BoostReport, boost, unboost
 from .replay import record_routed_experts
 
@@ -64,6 +65,7 @@ __all__ = [
     "LamoeForTokenClassification",
     "LamoeModel",
     "LamoePreTrainedModel",
+    "MTPCallback",
     "RouterBalance",
     "boost",
     "record_routed_experts",

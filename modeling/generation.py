@@ -10,6 +10,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from .cache import GrowingCache
 from .decode_graph import never_recorded, settle
+from .mtp_generation import Speculation, speculate
 
 _ONE_TOKEN = {"position_ids", "use_cache", "logits_to_keep"}
 MANY_ROWS = 20  # chosen experts a step, from which copying their weights costs more than grouped_mm's launches
@@ -33,6 +34,27 @@ class LamoeGenerationMixin:
     """
 
     _launch_bound = False
+    speculation: Speculation | None = None  # of the last `generate(..., use_mtp=True)`
+
+    def _assisted_decoding(
+        self, input_ids, generation_config=None, inputs_tensor=None, assistant_model=None, synced_gpus=False, **kwargs
+    ):
+        """Transformers' assisted generation; `use_mtp=True` drafts with the model's own layers, in any batch.
+
+        Raises:
+            ValueError: there are two kinds of drafts, or several processes that have to take as many steps.
+        """
+        if not generation_config.use_mtp:
+            return super()._assisted_decoding(
+                input_ids, generation_config=generation_config, inputs_tensor=inputs_tensor,
+                assistant_model=assistant_model, synced_gpus=synced_gpus, **kwargs,
+            )  # fmt: skip
+        if assistant_model is not None or synced_gpus:
+            reason = "synced_gpus would need as many rounds on every rank" if synced_gpus else "or an assistant_model"
+            raise ValueError(f"use_mtp=True: {reason}; leave one of them out.")
+        for name in ("tokenizer", "assistant_tokenizer"):
+            kwargs.pop(name, None)
+        return speculate(self, input_ids, generation_config=generation_config, **kwargs)
 
     def generate(self, *args, **kwargs):
         """Transformers' `generate`, in evaluation mode as long as it runs: TRL's GRPO calls it in a training step.

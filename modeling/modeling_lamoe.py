@@ -37,6 +37,8 @@ from .experts import default_implementation
 from .generation import LamoeGenerationMixin
 from .losses import RunningLoad, next_token_loss, router_losses
 from .moe import LamoeExperts, LamoeMLP, LamoeMoE, LamoeTopkRouter, Routing
+from .mtp import MTPHeadMixin, MTPLayerMixin, MTPModelMixin
+from .mtp_checkpoint import fit_to_checkpoint, with_copies
 from .prefill import feed_by_tokens, prompt_view, tokens_at_once
 from .projections import uncomputable_weight, unreadable_weight
 from .replay import LamoeCausalLMOutput, LamoeModelOutput, routings, stacked
@@ -80,7 +82,7 @@ class LamoeDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config, layer_idx: int):
         super().__init__()
         self.self_attn = LamoeAttention(config, layer_idx)
-        sparse = layer_idx in config.moe_layers
+        sparse = layer_idx in config.moe_layers or layer_idx >= config.num_hidden_layers
         self.mlp = LamoeMoE(config, layer_idx) if sparse else LamoeMLP(config, config.intermediate_size)
         self.input_layernorm = LamoeRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = LamoeRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -108,13 +110,17 @@ class LamoeDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + fed
 
 
+class LamoeMTPLayer(MTPLayerMixin, LamoeDecoderLayer):
+    """A multi-token-prediction layer, always with experts; in `model.layers` behind the decoder layers, as on disk."""
+
+
 class LamoePreTrainedModel(PreTrainedModel):
     """What all Lamoe models share: initialisation, plans, and the flags that Transformers' tools rely on."""
 
     config: LamoeConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["LamoeDecoderLayer"]
+    _no_split_modules = ["LamoeDecoderLayer", "LamoeMTPLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -132,10 +138,6 @@ class LamoePreTrainedModel(PreTrainedModel):
         super().__init__(config, *inputs, **kwargs)
         if config.topk_method != "noaux_tc":  # such a router has no bias
             self._keep_in_fp32_modules_strict = ["mlp.gate.weight"]
-        # Layers past the last are the checkpoint's multi-token-prediction layers.
-        first, extra = config.num_hidden_layers, config.num_nextn_predict_layers
-        beyond = "|".join(str(i) for i in range(first, first + max(extra, 1)))
-        self._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.({beyond})\."]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -148,19 +150,25 @@ class LamoePreTrainedModel(PreTrainedModel):
         kwargs.setdefault("use_safetensors", True)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
-    def save_pretrained(self, *args, **kwargs):
-        """Transformers' saving of the dual-mode folder; its config.json promises no layers that are not in it."""
-        extra = self.config.num_nextn_predict_layers
-        if extra:
-            logger.warning_once(
-                f"The checkpoint's {extra} multi-token-prediction layers are no part of this model and are not saved; "
-                "`lamoe convert` keeps their tensors."
-            )
-        self.config.num_nextn_predict_layers = 0
-        try:
-            return super().save_pretrained(*args, **kwargs)
-        finally:
-            self.config.num_nextn_predict_layers = extra
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs):
+        fit_to_checkpoint(model, state_dict, checkpoint_files)
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
+
+    def gather_sharded_state_dict_for_save(self, *args, **kwargs):
+        """Transformers' state to save, the last before names are turned into those on disk; with MTP's copies."""
+        return with_copies(self, super().gather_sharded_state_dict_for_save(*args, **kwargs))
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        """Transformers' resizing; a prediction layer's own embedding and head follow."""
+        embedding = super().resize_token_embeddings(*args, **kwargs)
+        words = embedding.weight.shape[0]
+        for layer in self.base_model.mtp_layers:
+            if layer.embed_tokens is not None:
+                layer.embed_tokens = self._get_resized_embeddings(layer.embed_tokens, words)
+            if layer.shared_head.head is not None:
+                layer.shared_head.head = self._get_resized_lm_head(layer.shared_head.head, words)
+        return embedding
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -184,14 +192,31 @@ class LamoePreTrainedModel(PreTrainedModel):
 
     @property
     def routers(self) -> list[LamoeTopkRouter]:
-        """The routers of all layers that have experts, in order."""
+        """The routers of all layers that have experts, in order; of prediction layers only where they are trained."""
+        idle = (
+            set()
+            if self._trains_mtp
+            else {router for layer in self.base_model.mtp_layers for router in layer.modules()}
+        )
         found = [(name, module) for name, module in self.named_modules() if isinstance(module, LamoeTopkRouter)]
-        return [module for name, module in found if not name.endswith(".original_module")]  # which PEFT sets aside
+        kept = [(name, module) for name, module in found if module not in idle]
+        return [module for name, module in kept if not name.endswith(".original_module")]  # which PEFT sets aside
+
+    @property
+    def _trains_mtp(self) -> bool:
+        """Whether training runs the multi-token-prediction layers: no other head but the causal-LM one does."""
+        return isinstance(self, MTPHeadMixin) and bool(self.config.mtp_loss_coef)
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """Each rank counts its own tokens; DistributedDataParallel must not broadcast rank 0's counts over them."""
-        return [name for name, _ in self.named_buffers() if name.endswith(".tokens_per_expert")]
+        """What DistributedDataParallel must leave alone.
+
+        Each rank counts its own tokens, and rank 0's counts must not be broadcast over them; and it would wait for
+        gradients of layers that do not run.
+        """
+        idle = set() if self._trains_mtp else {p for layer in self.base_model.mtp_layers for p in layer.parameters()}
+        ignored = [name for name, _ in self.named_buffers() if name.endswith(".tokens_per_expert")]
+        return ignored + [name for name, parameter in self.named_parameters() if parameter in idle]
 
     @torch.no_grad()
     def update_router_bias(self, speed: float = 1e-3, group=None) -> list[Tensor]:
@@ -218,20 +243,32 @@ class LamoePreTrainedModel(PreTrainedModel):
         return used
 
 
-class LamoeModel(LamoePreTrainedModel):
-    """Embedding, decoder layers and final norm."""
+class LamoeModel(MTPModelMixin, LamoePreTrainedModel):
+    """Embedding, decoder layers and final norm; behind the decoder layers those of multi-token prediction."""
 
     def __init__(self, config):
         super().__init__(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        ahead = range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers)
         self.layers = nn.ModuleList(LamoeDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.layers.extend(LamoeMTPLayer(config, i) for i in ahead)
         self.norm = LamoeRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = LamoeRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.forwards_in_training = 0
         self.post_init()
+
+    @property
+    def decoder_layers(self) -> list[LamoeDecoderLayer]:
+        """The layers that `forward` runs."""
+        return [layer for layer in self.layers if not isinstance(layer, LamoeMTPLayer)]
+
+    @property
+    def mtp_layers(self) -> list[LamoeMTPLayer]:
+        """The multi-token-prediction layers, by depth."""
+        return [layer for layer in self.layers if isinstance(layer, LamoeMTPLayer)]
 
     @merge_with_config_defaults
     @capture_outputs
@@ -303,7 +340,7 @@ class LamoeModel(LamoePreTrainedModel):
         hidden_states = inputs_embeds
         del inputs_embeds  # a long prompt's would be held by all layers
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
-        for layer, routing in zip(self.layers, layers, strict=True):
+        for layer, routing in zip(self.decoder_layers, layers, strict=True):
             hidden_states = layer(
                 hidden_states,
                 token_mask=token_mask,
@@ -332,7 +369,7 @@ class LamoeModel(LamoePreTrainedModel):
 
     def decodes(self, x: Tensor) -> bool:
         """Whether every layer's kv_b_proj can be absorbed; where one cannot, a mask is needed."""
-        return not any(uncomputable_weight(layer.self_attn.kv_b_proj, x) for layer in self.layers)
+        return not any(uncomputable_weight(layer.self_attn.kv_b_proj, x) for layer in self.decoder_layers)
 
     def _warn_of_float16(self, x: Tensor):
         if not self.training or x.is_meta or torch.compiler.is_compiling():
@@ -347,7 +384,7 @@ class LamoeModel(LamoePreTrainedModel):
 
         There are none where a forward was compiled, and no use unless `config.router_nonfinite` is "raise".
         """
-        routers = [layer.mlp.gate for layer in self.layers if isinstance(layer.mlp, LamoeMoE)]
+        routers = [layer.mlp.gate for layer in self.decoder_layers if isinstance(layer.mlp, LamoeMoE)]
         found = [router.checksum for router in routers if router.checksum is not None]
         for router in routers:
             router.checksum = None
@@ -356,11 +393,15 @@ class LamoeModel(LamoePreTrainedModel):
         stacked = torch.stack([checksum.to(found[0].device) for checksum in found])
         return stacked.view(len(found), -1).sum(dim=1)
 
-    def refuse_nonfinite(self, checksums: Tensor):
-        """Raise if a router's logits were not finite: the tokens would all go to the same experts without an error."""
+    def refuse_nonfinite(self, checksums: Tensor, layers: Sequence[int] | None = None):
+        """Raise if a router's logits were not finite: the tokens would all go to the same experts without an error.
+
+        Args:
+            checksums: one a router. layers: the indices of their layers; None is all decoder layers with experts.
+        """
         finite = torch.isfinite(checksums).tolist()
         if not all(finite):
-            layer = self.config.moe_layers[finite.index(False)]
+            layer = (layers or self.config.moe_layers)[finite.index(False)]
             when = f"in training forward {self.forwards_in_training}" if self.training else "in evaluation"
             raise ValueError(
                 f"The router of layer {layer} got NaN or infinite values {when}. Train in bfloat16, not float16,"
@@ -369,7 +410,7 @@ class LamoeModel(LamoePreTrainedModel):
             )
 
 
-class LamoeForCausalLM(LamoeGenerationMixin, LamoePreTrainedModel, GenerationMixin):
+class LamoeForCausalLM(LamoeGenerationMixin, MTPHeadMixin, LamoePreTrainedModel, GenerationMixin):
     """Lamoe with a language-model head: trains with `labels`, generates with `generate` and `generate_batch`."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -406,7 +447,8 @@ class LamoeForCausalLM(LamoeGenerationMixin, LamoePreTrainedModel, GenerationMix
         """Logits [B, T, vocabulary] of the next token, and the loss if there are `labels` [B, T] (-100 is no target).
 
         In training the loss includes the balancing losses and the z-loss of the router, with the weights of the
-        configuration and the scale of `losses.router_losses`; `aux_loss` is the expert-level one, unweighted.
+        configuration and the scale of `losses.router_losses`; `aux_loss` is the expert-level one, unweighted. Likewise
+        the loss of the multi-token-prediction layers with `config.mtp_loss_coef`, and `mtp_loss`.
 
         Args:
             output_router_logits: also return each layer's router logits [B·T, E]; None takes the configuration's.
@@ -444,8 +486,9 @@ class LamoeForCausalLM(LamoeGenerationMixin, LamoePreTrainedModel, GenerationMix
         )
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
 
-        loss = logits = aux_loss = None
-        if labels is not None and (config.skip_logits and self.training if skip_logits is None else skip_logits):
+        loss = logits = aux_loss = mtp_loss = None
+        skip_logits = config.skip_logits and self.training if skip_logits is None else skip_logits
+        if labels is not None and skip_logits:
             loss = self._loss_without_logits(hidden_states, labels, **kwargs)
         if loss is None:
             logits = self.lm_head(hidden_states)
@@ -456,9 +499,16 @@ class LamoeForCausalLM(LamoeGenerationMixin, LamoePreTrainedModel, GenerationMix
                 outputs.router_logits, labels, attention_mask, position_ids, **kwargs
             )
             loss = loss + added.to(loss.device) if balanced else loss
+        if self.training and labels is not None and self._trains_mtp and self.model.mtp_layers:
+            mtp_loss, added = self._mtp_losses(
+                outputs.last_hidden_state, input_ids, inputs_embeds, attention_mask, position_ids, labels, skip_logits,
+                **kwargs,
+            )  # fmt: skip
+            loss = loss + added.to(loss.device)
         return LamoeCausalLMOutput(
             loss=loss,
             aux_loss=aux_loss,
+            mtp_loss=mtp_loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,

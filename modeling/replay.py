@@ -27,9 +27,14 @@ class LamoeModelOutput(MoeModelOutputWithPast):
 
 @dataclass
 class LamoeCausalLMOutput(MoeCausalLMOutputWithPast):
-    """Transformers' output, and `routed_experts` [B, T, L, K] int64 if they were asked for."""
+    """Transformers' output, `routed_experts` [B, T, L, K] int64 if they were asked for, and `mtp_loss`.
+
+    The latter is the mean cross entropy of the multi-token-prediction layers' targets, averaged over depths, without
+    its coefficient; None where it was not computed.
+    """
 
     routed_experts: torch.LongTensor | None = None
+    mtp_loss: Tensor | None = None
 
 
 def routings(config, x_BTD: Tensor, given: Tensor | Sequence[Tensor] | None, returned: bool) -> list[Routing | None]:

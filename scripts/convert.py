@@ -40,7 +40,7 @@ class Arguments:
     output_dir: str = field(metadata={"help": "Folder for the dual-mode checkpoint."})
     mtp: str = field(
         default="keep",
-        metadata={"help": "Copy the multi-token-prediction layers, or leave them out.", "choices": ["keep", "drop"]},
+        metadata={"help": "Keep the multi-token-prediction layers, or leave them out.", "choices": ["keep", "drop"]},
     )
     dtype: str = field(
         default="auto", metadata={"help": "auto (the checkpoint's; bfloat16 for FP8), float32, bfloat16 or float16."}
@@ -123,40 +123,6 @@ def _times_scale(name: str, weight: torch.Tensor, scale: torch.Tensor | None, bl
     return (weight.float() * whole[: weight.shape[0], : weight.shape[1]]).bfloat16()
 
 
-def mtp_tensors(folder: Path, config: LamoeConfig) -> dict[str, Path]:
-    """The tensors of the checkpoint's multi-token-prediction layers, if it has any: name -> safetensors file.
-
-    The configuration alone does not tell: native saving drops the layers and leaves `num_nextn_predict_layers`.
-    """
-    first = config.num_hidden_layers
-    prefixes = tuple(f"model.layers.{first + k}." for k in range(config.num_nextn_predict_layers))
-    return {name: file for name, file in checkpoint_tensors(folder).items() if name.startswith(prefixes)}
-
-
-def append_shard(folder: Path, wanted: dict[str, Path]):
-    """Add the tensors `wanted`, byte for byte as in their files, to the checkpoint in `folder` as its last shard."""
-    there = checkpoint_tensors(folder)
-    shards = sorted(set(there.values()))
-    names = [f"model-{i:05d}-of-{len(shards) + 1:05d}.safetensors" for i in range(1, len(shards) + 2)]
-    for shard, name in zip(shards, names, strict=False):
-        shard.rename(folder / name)
-    renamed = dict(zip(shards, names, strict=False))
-    copied = {}
-    for file in sorted(set(wanted.values())):
-        with safe_open(file, framework="pt") as opened:
-            copied |= {name: opened.get_tensor(name) for name, holder in wanted.items() if holder == file}
-    save_file(copied, folder / names[-1], metadata={"format": "pt"})
-    weight_map = {name: renamed[file] for name, file in there.items()} | dict.fromkeys(copied, names[-1])
-    size = 0
-    for name in names:
-        with safe_open(folder / name, framework="pt") as opened:
-            for tensor in opened.keys():  # noqa: SIM118 (the file is no dict)
-                size += opened.get_tensor(tensor).nbytes
-    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    checkpoint_tensors(folder)
-
-
 def main(arguments: Arguments):
     """Read, write, compare and copy; the folder appears under its name only when all of it has succeeded.
 
@@ -192,10 +158,10 @@ def convert(source: Path, folder: Path, arguments: Arguments):
         console.print(f"Natively a {native} model: the folder will load with and without Lamoe.")
     else:
         console.print(f"No native class can express it ({reason}); the folder will say model_type lamoe.")
-    extra = {} if arguments.mtp == "drop" else mtp_tensors(source, config)
-    model = load_complete(LamoeForCausalLM, source, dtype=arguments.dtype)
-    model.config.num_nextn_predict_layers = 0  # until their tensors lie beside the others
+    without = {"num_nextn_predict_layers": 0} if arguments.mtp == "drop" else {}
+    model = load_complete(LamoeForCausalLM, source, dtype=arguments.dtype, **without)
     model.save_pretrained(folder, max_shard_size=arguments.max_shard_size)
+    layers = model.config.num_nextn_predict_layers
     del model
 
     options = {"dtype": torch.float32}
@@ -215,13 +181,8 @@ def convert(source: Path, folder: Path, arguments: Arguments):
     for way, distance in distances.items():
         table.add_row(way, f"{distance:.1e}")
     console.print(table)
-    if extra:
-        append_shard(folder, extra)
-        saved = LamoeConfig.from_pretrained(folder)
-        saved.num_nextn_predict_layers = config.num_nextn_predict_layers
-        saved.to_json_file(folder / "config.json")
-        layers = config.num_nextn_predict_layers
-        console.print(f"{len(extra)} tensors of {layers} multi-token-prediction layers copied.")
+    if layers:
+        console.print(f"Multi-token-prediction layers kept: {layers}.")
 
 
 if __name__ == "__main__":

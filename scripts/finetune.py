@@ -21,8 +21,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTr
 import lamoe
 from lamoe import BalanceCallback, LamoeConfig, LamoeForCausalLM
 from lamoe.configuration.configuration_lamoe import FAMILY_DEFAULTS
-from lamoe.hub import load_complete
-from lamoe.scripts.convert import mtp_tensors
+from lamoe.hub import checkpoint_tensors, load_complete
 from lamoe.scripts.corpus import refuse_larger_tokenizer, score
 from lamoe.scripts.folders import fresh_folder, last_checkpoint, training_folder
 from lamoe.scripts.packing import load_rows
@@ -155,8 +154,8 @@ class Arguments:
     mtp: str = field(
         default="keep",
         metadata={
-            "help": "drop lets --merge and --no_lora lose the multi-token-prediction layers of a checkpoint that has "
-            "them.",
+            "help": "keep leaves the checkpoint's multi-token-prediction layers as they are, drop leaves them out. "
+            "Native classes cannot keep them: --merge and --no_lora then need drop.",
             "choices": ["keep", "drop"],
         },
     )
@@ -239,15 +238,27 @@ def find_reward(name: str):
         ) from error
 
 
+def has_mtp(folder: Path, config) -> bool:
+    """Whether the checkpoint holds multi-token-prediction layers; native saving leaves their number without them."""
+    ahead = range(config.num_hidden_layers, config.num_hidden_layers + (config.num_nextn_predict_layers or 0))
+    prefixes = tuple(f"model.layers.{layer}." for layer in ahead)
+    return bool(prefixes) and any(name.startswith(prefixes) for name in checkpoint_tensors(folder))
+
+
 def load_model(arguments: Arguments, folder: Path, config, precision: str, console: Console):
     """The model in `folder`: Lamoe's class where it reads the family, else Transformers' own.
 
     Raises:
         ValueError: its weights are not complete.
     """
-    model_class = LamoeForCausalLM if isinstance(config, LamoeConfig) else AutoModelForCausalLM
+    ours = isinstance(config, LamoeConfig)
+    model_class = LamoeForCausalLM if ours else AutoModelForCausalLM
     half = arguments.weights == "bf16" or (arguments.weights == "auto" and precision == "bf16" and arguments.lora)
-    model = load_complete(model_class, folder, dtype=torch.bfloat16 if half else torch.float32)
+    without = {"num_nextn_predict_layers": 0} if ours and arguments.mtp == "drop" else {}
+    model = load_complete(model_class, folder, dtype=torch.bfloat16 if half else torch.float32, **without)
+    if ours:
+        for layer in model.model.mtp_layers:
+            layer.requires_grad_(False)  # TRL's losses do not reach them
     model.name_or_path = model.config.name_or_path = arguments.model  # not the folder of a download: adapters name it
     if arguments.boost:
         console.print(str(lamoe.boost(model)), markup=False, highlight=False)
@@ -339,11 +350,12 @@ def main(arguments: Arguments):
         config = read_config(checkpoint, arguments.native)
         whole = arguments.merge or not arguments.lora
         extra = getattr(config, "num_nextn_predict_layers", 0)
-        if whole and arguments.mtp != "drop" and extra and mtp_tensors(checkpoint, config):
+        if whole and arguments.mtp != "drop" and not isinstance(config, LamoeConfig) and has_mtp(checkpoint, config):
             raise ValueError(
-                f"num_nextn_predict_layers={extra}: the {'merged' if arguments.lora else 'trained'} checkpoint would "
-                "lose these multi-token-prediction layers; pass --mtp drop to let them go, or save an adapter "
-                "(neither --merge nor --no_lora)."
+                f"num_nextn_predict_layers={extra}: with a native class the "
+                f"{'merged' if arguments.lora else 'trained'} checkpoint would lose these multi-token-prediction "
+                "layers; leave --native out, or pass --mtp drop to let them go, or save an adapter (neither --merge "
+                "nor --no_lora)."
             )
         if arguments.method == "grpo" and not arguments.reward:
             raise ValueError("method='grpo' needs --reward, a function that judges what the model writes.")
@@ -408,7 +420,7 @@ def main(arguments: Arguments):
             with fresh_folder(arguments.output_dir, arguments.overwrite) as folder:
                 if whole:
                     final = trainer.model.merge_and_unload() if arguments.lora else trainer.model
-                    if extra:
+                    if extra and not isinstance(config, LamoeConfig):  # whose class knows what it has
                         final.config.num_nextn_predict_layers = 0
                     final.save_pretrained(folder)
                 else:

@@ -34,6 +34,9 @@ class Arguments:
     static: bool = field(
         default=False, metadata={"help": "Reserve the whole cache at once; on a GPU the decoding step is compiled."}
     )
+    mtp: bool = field(
+        default=False, metadata={"help": "Draft with the checkpoint's multi-token-prediction layers: fewer steps."}
+    )
     dtype: str = field(default="auto", metadata={"help": "auto (the checkpoint's), float32, bfloat16 or float16."})
     device: str | None = field(default=None, metadata={"help": "Where to run; a GPU if there is one."})
     stats: bool = field(default=False, metadata={"help": "Print tokens, times, memory and cache size at the end."})
@@ -83,7 +86,8 @@ def main(arguments: Arguments):
     """Load, generate while printing, and print the costs if asked to.
 
     Raises:
-        ValueError: not exactly one of `prompt` and `chat`, no chat template, or an incomplete checkpoint.
+        ValueError: not exactly one of `prompt` and `chat`, no chat template, an incomplete checkpoint, or `mtp` where
+            it has no such layers or with `static`.
     """
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     inputs = encode(tokenizer, arguments)
@@ -109,6 +113,7 @@ def main(arguments: Arguments):
         max_new_tokens=arguments.max_new_tokens,
         past_key_values=cache,
         streamer=streamer,
+        use_mtp=arguments.mtp,
     )
     if arguments.stats:
         _, first, *rest = streamer.times
@@ -120,6 +125,10 @@ def main(arguments: Arguments):
         table.add_row(
             "decoding", f"{len(rest) / (rest[-1] - first):,.1f} tokens a second" if rest else "one token only"
         )
+        if arguments.mtp:
+            found = model.speculation
+            kept = ", ".join(f"{a} of {n}" for a, n in zip(found.accepted, found.drafted, strict=True))
+            table.add_row("drafts accepted", f"{found.acceptance_rate:.0%} in {found.rounds} rounds; by depth: {kept}")
         table.add_row("peak memory, " + model.device.type, f"{peak_memory(model.device) / 2**20:,.0f} MiB")
         table.add_row("cache a token, measured", f"{cache_bytes_per_token(cache):,.0f} bytes")
         table.add_row("cache a token, by formula", f"{model.config.kv_bytes_per_token(width):,} bytes")

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from lamoe import boost
 from lamoe.attention_choice import Documents, sdpa_attention
 from lamoe.memory import ATTENTION_AND_SHARED
-from lamoe.scripts.corpus import pack, read_documents
+from lamoe.scripts.corpus import read_documents
+from lamoe.scripts.packing import pack
 from lamoe.scripts.quickstart import train_tokenizer
 
 TEXT = Path(__file__).parent / "data/shakespeare.txt"

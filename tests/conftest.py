@@ -52,3 +52,29 @@ def checkpoint(tmp_path_factory, tokenizer):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def mtp_checkpoint(tmp_path_factory):
+    """A native checkpoint of V3's shape with one multi-token-prediction layer, in bfloat16, and its tokenizer."""
+    from safetensors.torch import load_file, save_file
+
+    from tests.tiny import native_model
+
+    folder = tmp_path_factory.mktemp("mtp")
+    native_model("v3", torch.float32, num_nextn_predict_layers=1).to(torch.bfloat16).save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    extra = {name.replace("layers.2.", "layers.3."): x + 1 for name, x in tensors.items() if "layers.2." in name}
+    shapes = {
+        "eh_proj": (32, 64),
+        "enorm": (32,),
+        "hnorm": (32,),
+        "shared_head.norm": (32,),
+        "shared_head.head": (97, 32),
+    }
+    for name, shape in shapes.items():
+        extra[f"model.layers.3.{name}.weight"] = torch.randn(shape).to(torch.bfloat16)
+    extra["model.layers.3.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors | extra, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "tokenizer.json").write_text("{}")
+    return folder

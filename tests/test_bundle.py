@@ -1,7 +1,6 @@
 """The code bundle of a saved checkpoint, in fresh processes: without Lamoe, without Triton, without sockets."""
 
 import json
-import logging
 import shutil
 import subprocess
 import sys
@@ -20,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CODE = {
     "attention", "attention_choice", "cache", "configuration_lamoe", "correction", "decode_graph", "decode_step",
     "experts", "generation", "kernels_attention", "kernels_decode", "kernels_gemm", "kernels_launch", "kernels_moe",
-    "kernels_plan", "kernels_router", "kernels_step", "kernels_tiles", "losses", "modeling_lamoe", "moe", "precision",
-    "prefill", "projections", "recompute", "replay", "token_loss",
+    "kernels_plan", "kernels_router", "kernels_step", "kernels_tiles", "losses", "modeling_lamoe", "moe", "mtp",
+    "mtp_checkpoint", "mtp_generation", "precision", "prefill", "projections", "recompute", "replay", "token_loss",
 }  # fmt: skip
 
 # What every child process begins with: neither package can be found, and a socket is an error.
@@ -321,19 +320,6 @@ def test_the_index_of_a_variant_is_watched_too(saved):
     index.write_text(index.read_text().replace('"model.x-', '"../model.x-'))
     with pytest.raises(ValueError, match=r"which is no file of that folder; refused"):
         LamoeForCausalLM.from_pretrained(folder, variant="x")
-
-
-def test_saving_promises_no_prediction_layers_that_it_does_not_write(tmp_path, caplog):
-    model = LamoeForCausalLM(make_config(num_nextn_predict_layers=1))
-    logger = logging.getLogger("transformers")
-    logger.addHandler(caplog.handler)
-    try:
-        model.save_pretrained(tmp_path)
-    finally:
-        logger.removeHandler(caplog.handler)
-    assert "1 multi-token-prediction layers are no part of this model and are not saved" in caplog.text
-    assert json.loads((tmp_path / "config.json").read_text())["num_nextn_predict_layers"] == 0
-    assert model.config.num_nextn_predict_layers == 1
 
 
 def test_a_missing_or_misshapen_expert_is_an_error_and_not_a_report(saved):

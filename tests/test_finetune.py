@@ -352,6 +352,33 @@ def test_a_reward_that_is_nowhere_is_refused(name):
         finetune.find_reward(name)
 
 
+@pytest.fixture
+def mtp_folder(mtp_checkpoint, tokenizer, tmp_path):
+    """A checkpoint with a multi-token-prediction layer, and a tokenizer that fits it."""
+    model = LamoeForCausalLM.from_pretrained(mtp_checkpoint, dtype=torch.float32)
+    model.resize_token_embeddings(304)
+    model.save_pretrained(tmp_path / "mtp")
+    tokenizer.save_pretrained(tmp_path / "mtp")
+    return tmp_path / "mtp"
+
+
+@pytest.mark.parametrize("mtp", ["keep", "drop"])
+def test_mtp_layers_are_kept_as_they_are_or_left_out(mtp_folder, text_file, tmp_path, mtp):
+    words = ["--model", mtp_folder, "--texts", text_file, "--output_dir", tmp_path / "out", "--sequence_length", 32]
+    finetune.main(options(finetune, *words, "--steps", 2, "--rank", 4, "--merge", "--mtp", mtp))
+    merged, model = (LamoeForCausalLM.from_pretrained(folder) for folder in (tmp_path / "out", mtp_folder))
+    assert merged.config.num_nextn_predict_layers == (mtp == "keep")
+    if mtp == "keep":
+        kept, old = (m.model.mtp_layers[0].state_dict() for m in (merged, model))
+        assert all(torch.equal(kept[name], old[name]) for name in old)
+
+
+def test_native_classes_will_not_lose_mtp_layers(mtp_folder, text_file, tmp_path):
+    words = ["--model", mtp_folder, "--texts", text_file, "--output_dir", tmp_path / "out", "--native", "--merge"]
+    with pytest.raises(ValueError, match=r"num_nextn_predict_layers=1: with a native class .* pass --mtp drop"):
+        finetune.main(options(finetune, *words))
+
+
 def test_precision():
     assert training.choose_precision("bf16") == "bf16"
     with pytest.raises(ValueError, match="precision='fp8' is not one of auto, bf16, fp16, float32"):
