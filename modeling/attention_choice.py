@@ -9,6 +9,7 @@ Letters: B batch, T tokens a row, M tokens of all documents, H heads, P + R widt
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -17,11 +18,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:
-    varlen_attn = None
 
 logger = logging.get_logger(__name__)
 
@@ -74,8 +70,9 @@ def choose_attention(case: Case) -> str:
             return "padded"  # else the memory-efficient kernel would run
         return "torch" if case.mask == "none" else "causal"
     if case.mask == "documents":
+        has_varlen = find_spec("torch.nn.attention.varlen") is not None
         mean = case.tokens / max(case.documents, 1)
-        if flash and varlen_attn is not None and not case.dropout and not (cudnn and mean >= LONG_DOCUMENT):
+        if flash and has_varlen and not case.dropout and not (cudnn and mean >= LONG_DOCUMENT):
             return "varlen"
         if mean >= LONG_DOCUMENT or case.documents <= FEW_DOCUMENTS:
             return "each"
@@ -282,7 +279,7 @@ def _by_document(query, key, value, documents: Documents, dropout: float, scalin
         width = -(-q_MHW.shape[-1] // 8) * 8
         q_MHW, k_MHW, wide = (_widened(x, width) for x in rows)
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        out_MHV = varlen_attn(
+        out_MHV = varlen_attention()(
             q_MHW, k_MHW, wide, ends, ends, documents.longest, documents.longest, scale=scaling, window_size=(-1, 0)
         )[..., : value.shape[-1]]
     else:
@@ -298,6 +295,13 @@ def _by_document(query, key, value, documents: Documents, dropout: float, scalin
     if index is not None:
         out_MHV = torch.zeros_like(out_MHV[:1]).expand(B * T, -1, -1).index_copy(0, index, out_MHV)
     return out_MHV.unflatten(0, (B, T))
+
+
+def varlen_attention():
+    """PyTorch's FlashAttention over documents beside each other; its import registers operators."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn
 
 
 def _widened(x: Tensor, width: int) -> Tensor:

@@ -112,14 +112,16 @@ class LamoeGenerationMixin:
         return untouched and not never_recorded(self, self.device)
 
     def prepare_inputs_for_generation(
-        self, input_ids, next_sequence_length=None, past_key_values=None, attention_mask=None, **kwargs
-    ) -> dict:
+        self, input_ids, next_sequence_length=None, past_key_values=None, attention_mask=None, inputs_embeds=None,
+        is_first_iteration=False, **kwargs,
+    ) -> dict:  # fmt: skip
         """Transformers' inputs of a forward; of a recorded step, for which the GPU waits, without its questions."""
         recorded = type(past_key_values) is GrowingCache and past_key_values.recorded
         if not recorded or next_sequence_length != 1 or kwargs.keys() - _ONE_TOKEN:
             return super().prepare_inputs_for_generation(
-                input_ids, next_sequence_length, past_key_values, attention_mask, **kwargs
-            )
+                input_ids, next_sequence_length, past_key_values, attention_mask, inputs_embeds, is_first_iteration,
+                **kwargs,
+            )  # fmt: skip
         if kwargs.get("position_ids") is not None:
             kwargs["position_ids"] = kwargs["position_ids"][..., -1:]
         last = {"input_ids": input_ids[:, -1:], "past_key_values": past_key_values, "attention_mask": attention_mask}

@@ -240,8 +240,8 @@ def find_reward(name: str):
 
 def has_mtp(folder: Path, config) -> bool:
     """Whether the checkpoint holds multi-token-prediction layers; native saving leaves their number without them."""
-    ahead = range(config.num_hidden_layers, config.num_hidden_layers + (config.num_nextn_predict_layers or 0))
-    prefixes = tuple(f"model.layers.{layer}." for layer in ahead)
+    first, count = config.num_hidden_layers, getattr(config, "num_nextn_predict_layers", 0) or 0
+    prefixes = tuple(f"model.layers.{layer}." for layer in range(first, first + count))
     return bool(prefixes) and any(name.startswith(prefixes) for name in checkpoint_tensors(folder))
 
 

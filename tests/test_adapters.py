@@ -308,7 +308,7 @@ def undo(model, change):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("change", ["switched", "scaled", "disabled", "merged", "trained"])
 def test_graphs_follow_the_adapters(tmp_path, change):
-    ours = lamoe_model("v3", tmp_path, torch.float32, kv_lora_rank=32)[1].to("cuda", torch.bfloat16)
+    ours = lamoe_model("v3", tmp_path, torch.float32, kv_lora_rank=32)[1].to("cuda")
     ours.set_experts_implementation("lamoe")
     model = adapted(ours, ATTENTION, ("one", "two"))
     ids, results = random_ids(1, 6).cuda(), []
@@ -324,4 +324,4 @@ def test_graphs_follow_the_adapters(tmp_path, change):
                 found.append(ours(ids[:, :1], past_key_values=cache, **options).logits.float())
             results.append(torch.cat(found))
             undo(model, change)
-    torch.testing.assert_close(*results, rtol=0.1, atol=0.1)
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)

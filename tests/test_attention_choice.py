@@ -138,7 +138,7 @@ def test_every_way_equals_the_mask(way, kind, monkeypatch):
     seen = []
     monkeypatch.setattr(attention_choice, "on_gpu", lambda x: True)
     monkeypatch.setattr(attention_choice, "choose_attention", lambda case: seen.append(case.mask) or way)
-    monkeypatch.setattr(attention_choice, "varlen_attn", reference_varlen)
+    monkeypatch.setattr(attention_choice, "varlen_attention", lambda: reference_varlen)
     model.set_attn_implementation("sdpa")
     got, gradients = losses_and_gradients(model, batch)
     assert seen[0] == ("right" if kind == "right" else "documents")

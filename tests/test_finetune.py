@@ -35,7 +35,18 @@ def text_file(tmp_path):
 @pytest.fixture
 def short(tmp_path):
     """Words for a short training into tmp_path/out."""
-    words = ["--output_dir", tmp_path / "out", "--sequence_length", 32, "--steps", 4, "--batch_size", 4]
+    words = [
+        "--output_dir",
+        tmp_path / "out",
+        "--sequence_length",
+        32,
+        "--steps",
+        4,
+        "--batch_size",
+        4,
+        "--precision",
+        "float32",
+    ]
     return [*words, "--accumulation", 2, "--learning_rate", "1e-2", "--rank", 4, "--logging_steps", 1]
 
 
@@ -365,7 +376,8 @@ def mtp_folder(mtp_checkpoint, tokenizer, tmp_path):
 @pytest.mark.parametrize("mtp", ["keep", "drop"])
 def test_mtp_layers_are_kept_as_they_are_or_left_out(mtp_folder, text_file, tmp_path, mtp):
     words = ["--model", mtp_folder, "--texts", text_file, "--output_dir", tmp_path / "out", "--sequence_length", 32]
-    finetune.main(options(finetune, *words, "--steps", 2, "--rank", 4, "--merge", "--mtp", mtp))
+    words += ["--steps", 2, "--rank", 4, "--precision", "float32"]
+    finetune.main(options(finetune, *words, "--merge", "--mtp", mtp))
     merged, model = (LamoeForCausalLM.from_pretrained(folder) for folder in (tmp_path / "out", mtp_folder))
     assert merged.config.num_nextn_predict_layers == (mtp == "keep")
     if mtp == "keep":

@@ -76,7 +76,7 @@ def test_greedy_tokens_are_those_without_drafts(model, rows, length):
     assert torch.equal(got, expected)
     found = model.speculation
     if length > 2:
-        assert 0.1 < found.acceptance_rate < 0.95
+        assert found.acceptance_rate > 0.1
     if rows == 1:
         assert sum(found.accepted) + found.rounds + 1 == NEW
 

@@ -127,10 +127,11 @@ def test_every_family_generates_the_tokens_of_its_stock_class(name, taken):
 def test_ways_of_decoding_give_the_stock_tokens(name, options, taken):
     if "offloaded" in options.values() and not GPU:
         pytest.skip("Transformers offloads from GPUs only")
-    model = latent_model(name)
-    expected = generate(model, **options)
+    device = "cuda" if "offloaded" in options.values() else "cpu"
+    model, inputs = latent_model(name).to(device), {key: x.to(device) for key, x in padded(14).items()}
+    expected = generate(model, inputs, **options)
     boost(model)
-    got = generate(model, **options)
+    got = generate(model, inputs, **options)
     assert taken
     assert torch.equal(got.sequences, expected.sequences)
     torch.testing.assert_close(got.logits, expected.logits, **CLOSE)
