@@ -26,6 +26,7 @@ from .cache import GrowingCache, GrowingLayer
 from .precision import KeepsFloat32
 from .prefill import Prompt, attention_by_heads
 from .projections import effective_weight, uncomputable_weight
+from .recompute import trains_eagerly
 
 logger = logging.get_logger(__name__)
 
@@ -346,12 +347,16 @@ class LamoeAttention(nn.Module):
         if prompt is not None:
             out = self._by_heads(hidden_states, position_embeddings, attention_mask, past_key_values, prompt, kwargs)
             return out, None
-        q_BHTP, q_BHTR = self._queries(hidden_states).split(self.query_widths, dim=-1)
+        queries = self._queries(hidden_states)
+        q_BHTP, q_BHTR = queries.split(self.query_widths, dim=-1)
         latents = self.kv_a_proj_with_mqa(hidden_states)
         if view is not None and view.growing:
             written = self._write(latents, q_BHTR, position_embeddings, past_key_values.layers[self.layer_idx], view)
             return self.o_proj(self._decode(q_BHTP, *written, view)), None
         c, k = latents.split(self.latent_widths, dim=-1)
+        if past_key_values is None and "cache" not in kwargs and self._trains_fused(queries, mla_form):
+            out, weights = self._expanded_for_training(queries, c, k, position_embeddings, attention_mask, kwargs)
+            return self.o_proj(out.flatten(2)), weights
         c, k = self.kv_a_layernorm(c).unsqueeze(1), k.unsqueeze(1)
         both = torch.cat((q_BHTR, k), dim=1)  # one turn for queries and key: at decode each launch counts
         q_BHTR, k = rotate_pairs(both, *position_embeddings, self.config.rope_interleave).tensor_split([-1], dim=1)
@@ -450,6 +455,25 @@ class LamoeAttention(nn.Module):
         key_BHSP, value_BHSV = expanded.split(self.expanded_widths, dim=-1)
         key = _side_by_side(key_BHSP, k.expand(-1, key_BHSP.shape[1], -1, -1))
         return self._attend(_side_by_side(q_BHTP, q_BHTR), key, value_BHSV, attention_mask, **kwargs)
+
+    def _trains_fused(self, queries: Tensor, form: str | None) -> bool:
+        """Whether one kernel makes queries and keys: with gradients, on a GPU with Triton, in the expanded form."""
+        if not trains_eagerly() or not queries.is_cuda or (form or self.config.mla_form) == "absorbed":
+            return False
+        try:
+            from .kernels_heads import expanded_heads  # noqa: F401 (whether it is there)
+        except ImportError:
+            return False
+        return True
+
+    def _expanded_for_training(self, q_BHTX, c_BTC, k_BTR, angles, attention_mask, kwargs):
+        """`_expanded` without a cache, from what the projections give: [B, T, H, V], and the weights or None."""
+        from .kernels_heads import expanded_heads
+
+        kv_BTHX = self.kv_b_proj(self.kv_a_layernorm(c_BTC)).unflatten(-1, (-1, sum(self.expanded_widths)))
+        heads = expanded_heads(q_BHTX.transpose(1, 2), kv_BTHX, k_BTR, *angles, self.config.rope_interleave)
+        query, key, value = (x.transpose(1, 2) for x in heads)
+        return self._attend(query, key, value, attention_mask, **kwargs)
 
     def _attend(self, query, key, value, attention_mask, **kwargs) -> tuple[Tensor, Tensor | None]:
         """Transformers' attention of this name."""

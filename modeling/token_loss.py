@@ -4,6 +4,8 @@ Transformers' loss holds both: at a vocabulary of 102,400 that is 800 kB a token
 than ten decoder layers of V2-Lite keep. Letters: X targets, W vocabulary.
 """
 
+from types import SimpleNamespace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,6 +42,12 @@ def logits_loss(
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits_XW, target_X, ignore_index):
+        ctx.ignore_index = ignore_index
+        fused = _fused(logits_XW)
+        if fused is not None:
+            loss_X, mass_X = fused.losses(logits_XW, target_X, ignore_index)
+            ctx.save_for_backward(logits_XW, target_X, mass_X)
+            return loss_X.sum()
         total, masses = logits_XW.new_zeros((), dtype=torch.float32), []
         for part, target in _chunks(logits_XW, target_X):
             exact, real = part.float(), target.ne(ignore_index)
@@ -47,13 +55,15 @@ class _CrossEntropySum(torch.autograd.Function):
             chosen = exact.gather(1, target.masked_fill(~real, 0).unsqueeze(1)).squeeze(1)
             total = total + (masses[-1] - chosen).masked_fill(~real, 0.0).sum()
         ctx.save_for_backward(logits_XW, target_X, *masses)
-        ctx.ignore_index = ignore_index
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dtotal):
         logits_XW, target_X, *masses = ctx.saved_tensors
+        fused = _fused(logits_XW)
+        if fused is not None:
+            return fused.losses_gradient(dtotal, logits_XW, target_X, *masses, ctx.ignore_index), None, None
         dlogits = torch.empty_like(logits_XW)
         pieces = dlogits.split(_rows(logits_XW))
         for piece, (part, target), mass in zip(pieces, _chunks(logits_XW, target_X), masses, strict=True):
@@ -62,6 +72,17 @@ class _CrossEntropySum(torch.autograd.Function):
             exact.scatter_add_(1, target.unsqueeze(1).masked_fill(~real, 0), exact.new_full(real.shape, -1.0))
             piece.copy_(exact.mul_(dtotal).masked_fill_(~real, 0.0))
         return dlogits, None, None
+
+
+def _fused(logits_XW: Tensor):
+    """The kernels that do it on a GPU in two passes over the logits; None if they do not run here."""
+    if not logits_XW.is_cuda or not logits_XW.is_contiguous():
+        return None
+    try:
+        from .kernels_loss import losses, losses_gradient
+    except ImportError:
+        return None
+    return SimpleNamespace(losses=losses, losses_gradient=losses_gradient)
 
 
 def _rows(logits_XW: Tensor) -> int:

@@ -242,6 +242,17 @@ def compile_all(name: str):
     decode(torch.bfloat16, 64, 8, page=64)
     decode(torch.bfloat16, 16, 1, T=8, C=128, R=0)
 
+    loss, heads = modules["kernels_loss"], modules["kernels_heads"]
+    for dtype in (torch.bfloat16, torch.float32):
+        context.update(dtype=str(dtype)[6:], case="the loss and the heads of training")
+        logits, targets = torch.empty(8, 102400, dtype=dtype), torch.zeros(8, dtype=torch.int64)
+        loss.losses_gradient(torch.ones(()), logits, targets, loss.losses(logits, targets, -100)[1], -100)
+        q, kv = torch.empty(1, 8, 16, 192, dtype=dtype), torch.empty(1, 8, 16, 256, dtype=dtype)
+        k, angles = torch.empty(1, 8, 64, dtype=dtype), torch.empty(1, 8, 32)
+        for interleaved in (True, False):
+            heads._heads(q, kv, k, angles, angles, interleaved)
+            heads._heads_gradient(q, q, kv[..., :128].contiguous(), angles, angles, 64, interleaved)
+
     if "kernels_router" in modules:
         router = modules["kernels_router"]
         cases = (256, 8, True, 8, 4, False), (160, 6, False, 8, 3, True)

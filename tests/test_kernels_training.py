@@ -1,0 +1,131 @@
+"""The kernels of training beside the experts: cross entropy, and queries and keys from their projections."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lamoe import attention
+from lamoe.attention import rotate_pairs
+from lamoe.token_loss import logits_loss
+from tests.kernels import assert_within_budget
+from tests.tiny import lamoe_model, random_ids
+
+loss_kernels = pytest.importorskip("lamoe.kernels_loss")
+heads_kernels = pytest.importorskip("lamoe.kernels_heads")
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"  # on CPU Triton interprets
+DTYPES = [torch.bfloat16, torch.float16, torch.float32] if GPU else [torch.float16, torch.float32]
+
+
+def random(*shape, dtype=torch.float32, seed=0, scale=1.0):
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("X, W", [(5, 97), (3, 4096), (2, 9001), (0, 7)])
+def test_cross_entropy(X, W, dtype):
+    logits = random(X, W, dtype=dtype, scale=5.0)
+    targets = torch.randint(0, W, (X,), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    targets[1::3] = -100
+    scale = torch.tensor(0.37, device=DEVICE)
+    loss, mass = loss_kernels.losses(logits, targets, -100)
+    gradient = loss_kernels.losses_gradient(scale, logits, targets, mass, -100)
+
+    def plain(kind):
+        leaf = logits.detach().to(kind).requires_grad_()
+        exact = leaf if kind == torch.float64 else leaf.float()
+        rows = F.cross_entropy(exact, targets, reduction="none")
+        return rows.detach(), torch.autograd.grad(rows.sum() * scale.to(rows), leaf)[0]
+
+    (exact, exact_gradient), (same, same_gradient) = plain(torch.float64), plain(dtype)
+    assert_within_budget("loss", loss, same, exact)
+    assert_within_budget("gradient", gradient, same_gradient, exact_gradient)
+    assert not loss[1::3].any() and not gradient[1::3].any()
+
+
+def test_cross_entropy_of_infinite_logits():
+    logits = random(3, 50)
+    logits[0, 3:] = float("-inf")
+    logits[1, 4] = float("nan")
+    targets = torch.tensor([1, 2, 3], device=DEVICE)
+    expected = F.cross_entropy(logits, targets, reduction="none")
+    loss, _ = loss_kernels.losses(logits, targets, -100)
+    torch.testing.assert_close(loss, expected, equal_nan=True)
+
+
+def eager_heads(q, kv, k, cos, sin, interleaved):
+    """What attention.LamoeAttention makes of the same."""
+    R = k.shape[-1]
+    P = q.shape[-1] - R
+    plain, turned = q.transpose(1, 2).split((P, R), dim=-1)
+    key, value = kv.transpose(1, 2).split((P, kv.shape[-1] - P), dim=-1)
+    turned, k = (rotate_pairs(x, cos, sin, interleaved) for x in (turned, k.unsqueeze(1)))
+    query = torch.cat((plain, turned), dim=-1)
+    key = torch.cat((key, k.expand(-1, key.shape[1], -1, -1)), dim=-1)
+    return tuple(x.transpose(1, 2) for x in (query, key, value))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("one_position", [True, False])
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("H, P, R, V", [(3, 8, 4, 8), (20, 12, 8, 16), (2, 5, 6, 7), (1, 8, 0, 4)])
+def test_heads_and_their_gradients(H, P, R, V, interleaved, one_position, dtype):
+    B, T = 2, 3
+    q, kv = random(B, T, H, P + R, dtype=dtype), random(B, T, H, P + V, seed=1, dtype=dtype)
+    k = random(B, T, R + 5, seed=2, dtype=dtype)[..., 5:]
+    angles = [random(1 if one_position else B, T, R // 2, seed=3 + i) for i in range(2)]
+    grads = [random(*shape, seed=5, dtype=dtype) for shape in ((B, T, H, P + R), (B, T, H, P + R), (B, T, H, V))]
+
+    def run(function, kind):
+        leaves = [x.detach().to(kind).requires_grad_() for x in (q, kv, k)]
+        out = function(*leaves, *(x.double() if kind == torch.float64 else x for x in angles), interleaved)
+        return [*(x.detach() for x in out), *torch.autograd.grad(out, leaves, [g.to(kind) for g in grads])]
+
+    got = run(heads_kernels.expanded_heads, dtype)
+    same, exact = run(eager_heads, dtype), run(eager_heads, torch.float64)
+    for name, a, b, c in zip(("query", "key", "value", "dq", "dkv", "dk"), got, same, exact, strict=True):
+        assert_within_budget(name, a, b, c)
+
+
+def test_operators():
+    logits, targets = random(2, 9), torch.tensor([3, -100], device=DEVICE)
+    torch.library.opcheck(loss_kernels.losses, (logits, targets, -100))
+    scale = torch.ones((), device=DEVICE)
+    torch.library.opcheck(loss_kernels.losses_gradient, (scale, logits, targets, random(2), -100))
+    q, kv, k, angles = random(1, 2, 3, 6), random(1, 2, 3, 7), random(1, 2, 2), random(1, 2, 1)
+    torch.library.opcheck(heads_kernels._heads, (q, kv, k, angles, angles, True))
+    torch.library.opcheck(heads_kernels._heads_gradient, (q, q, random(1, 2, 3, 3), angles, angles, 2, True))
+
+
+@pytest.mark.parametrize("family", ["v2-lite", "v3", "glm-4.7-flash"])
+def test_training_with_fused_heads_and_loss_is_training(family, tmp_path, monkeypatch):
+    """Loss and all gradients of a model, with the kernels and without."""
+    _, model = lamoe_model(family, tmp_path, torch.float32)
+    model.to(DEVICE).train()
+    ids = random_ids(2, 9).to(DEVICE)
+    found, calls = [], []
+    real = attention.LamoeAttention._expanded_for_training
+    monkeypatch.setattr(
+        attention.LamoeAttention, "_expanded_for_training", lambda self, *a: calls.append(self) or real(self, *a)
+    )
+    for fused in (False, True):
+        monkeypatch.setattr(attention.LamoeAttention, "_trains_fused", lambda self, queries, form, on=fused: on)
+        model.zero_grad()
+        loss = model(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(calls) == model.config.num_hidden_layers
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+def test_held_logits_go_through_the_kernel(monkeypatch):
+    logits = random(2, 5, 300, dtype=torch.bfloat16).requires_grad_()
+    labels, calls = torch.arange(10, device=DEVICE).view(2, 5), []
+    real = loss_kernels.losses
+    monkeypatch.setattr(loss_kernels, "losses", lambda *a: calls.append(1) or real(*a))
+    logits_loss(logits, labels).backward()
+    assert calls and logits.grad.isfinite().all()
