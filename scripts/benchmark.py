@@ -52,7 +52,7 @@ class Arguments:
     batch: list[int] = field(default_factory=lambda: [1], metadata={"help": "Batch sizes, paired with --context."})
     context: list[int] = field(default_factory=lambda: [1024], metadata={"help": "Tokens in the cache."})
     new_tokens: int = field(default=64, metadata={"help": "Decode steps that are timed."})
-    cache: str = field(default="static", metadata={"help": "decode: static (compiled) or dynamic."})
+    cache: str = field(default="static", metadata={"help": "decode: static or dynamic."})
     models: list[str] = field(
         default_factory=lambda: ["lamoe", "native"],
         metadata={"help": "prefill, decode: whom; decode: also boosted, the native class after lamoe.boost."},
