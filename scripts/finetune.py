@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import lamoe
 from lamoe import BalanceCallback, LamoeConfig, LamoeForCausalLM
 from lamoe.configuration.configuration_lamoe import FAMILY_DEFAULTS
 from lamoe.hub import checkpoint_tensors, load_complete
+from lamoe.memory import MemoryPlan, memory_explained, memory_plan
 from lamoe.scripts.corpus import refuse_larger_tokenizer, score
 from lamoe.scripts.folders import fresh_folder, last_checkpoint, training_folder
 from lamoe.scripts.packing import load_rows
@@ -173,6 +175,9 @@ class Arguments:
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Let the checkpoint's own code make its tokenizer; read it first."}
     )
+    plan: bool = field(
+        default=False, metadata={"help": "Only print what SFT of a Lamoe model takes of a GPU's memory."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the LoRA's weights and of the order of the data."})
     overwrite: bool = field(
         default=False, metadata={"help": "Replace the output folder, and what a killed run left for it."}
@@ -238,6 +243,30 @@ def find_reward(name: str):
         ) from error
 
 
+def planned(arguments: Arguments) -> MemoryPlan | None:
+    """The memory that it takes, if that is known: of SFT with one of Lamoe's classes.
+
+    Raises:
+        ValueError: --plan asks for what is not known.
+    """
+    config = read_config(find_checkpoint(arguments.model), arguments.native)
+    if arguments.method != "sft" or not isinstance(config, LamoeConfig):
+        if arguments.plan:
+            raise ValueError("--plan knows SFT with Lamoe's classes; leave out --native, and --method dpo or grpo.")
+        return None
+    half = halves(arguments, choose_precision(arguments.precision))
+    return memory_plan(
+        config, arguments.batch_size, arguments.sequence_length, dtype=torch.bfloat16 if half else torch.float32,
+        checkpointing=arguments.checkpointing, accumulation=arguments.accumulation,
+        lora_rank=arguments.rank if arguments.lora else None, lora_targets=tuple(arguments.targets or TARGETS),
+    )  # fmt: skip
+
+
+def halves(arguments: Arguments, precision: str) -> bool:
+    """Whether the weights are held in bfloat16."""
+    return arguments.weights == "bf16" or (arguments.weights == "auto" and precision == "bf16" and arguments.lora)
+
+
 def has_mtp(folder: Path, config) -> bool:
     """Whether the checkpoint holds multi-token-prediction layers; native saving leaves their number without them."""
     first, count = config.num_hidden_layers, getattr(config, "num_nextn_predict_layers", 0) or 0
@@ -253,7 +282,7 @@ def load_model(arguments: Arguments, folder: Path, config, precision: str, conso
     """
     ours = isinstance(config, LamoeConfig)
     model_class = LamoeForCausalLM if ours else AutoModelForCausalLM
-    half = arguments.weights == "bf16" or (arguments.weights == "auto" and precision == "bf16" and arguments.lora)
+    half = halves(arguments, precision)
     without = {"num_nextn_predict_layers": 0} if ours and arguments.mtp == "drop" else {}
     model = load_complete(model_class, folder, dtype=torch.bfloat16 if half else torch.float32, **without)
     if ours:
@@ -342,6 +371,11 @@ def main(arguments: Arguments):
             checkpoint's multi-token-prediction layers.
     """
     console = Console()
+    plan = planned(arguments)
+    if plan is not None:
+        console.print(str(plan), markup=False, highlight=False)
+    if arguments.plan:
+        return
     told = dataclasses.asdict(arguments)
     with training_folder(arguments.output_dir, told, arguments.resume, arguments.overwrite) as work:
         precision = choose_precision(arguments.precision)
@@ -406,7 +440,8 @@ def main(arguments: Arguments):
         )
 
         before = measure(arguments, trainer, tokenizer, held_out) if held_out is not None else {}
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        with nullcontext() if plan is None else memory_explained(plan):
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
         if held_out is not None:
             after = measure(arguments, trainer, tokenizer, held_out)
             table = Table("on held-out text", "before", "after")

@@ -23,6 +23,7 @@ from trl import TrlParser
 
 from lamoe import BalanceCallback, LamoeConfig, LamoeForCausalLM
 from lamoe.hub import load_complete
+from lamoe.memory import memory_explained, memory_plan
 from lamoe.scripts.corpus import refuse_larger_tokenizer, train_tokenizer
 from lamoe.scripts.curves import Curves
 from lamoe.scripts.folders import fresh_folder, last_checkpoint, training_folder
@@ -116,6 +117,10 @@ class Arguments:
         default=False, metadata={"help": "Leave <output_dir>.training with its checkpoints when training has ended."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of weights, data order and samples."})
+    plan: bool = field(
+        default=False,
+        metadata={"help": "Only print what it takes of a GPU's memory; an upper bound where it computes in bf16."},
+    )
     overwrite: bool = field(
         default=False, metadata={"help": "Replace the output folder, and what a killed run left for it."}
     )
@@ -277,6 +282,13 @@ def main(arguments: Arguments):
     """
     console = Console()
     overrides = read_mapping("overrides", arguments.overrides)
+    plan = memory_plan(
+        read_config(arguments.model, overrides), arguments.batch_size, arguments.sequence_length, dtype=torch.float32,
+        checkpointing=arguments.checkpointing, accumulation=arguments.accumulation,
+    )  # fmt: skip
+    console.print(str(plan), markup=False, highlight=False)
+    if arguments.plan:
+        return
     told = dataclasses.asdict(arguments)
     with training_folder(arguments.output_dir, told, arguments.resume, arguments.overwrite) as work:
         trainer_arguments = settings(arguments, work)
@@ -321,7 +333,8 @@ def main(arguments: Arguments):
             + f" ({len(tokenizer):,} different ones)."
         )
         start = time.perf_counter()
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with memory_explained(plan):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         seconds = time.perf_counter() - start
         report(trainer, arguments, first_step, seconds, console)
 

@@ -385,6 +385,15 @@ def test_mtp_layers_are_kept_as_they_are_or_left_out(mtp_folder, text_file, tmp_
         assert all(torch.equal(kept[name], old[name]) for name in old)
 
 
+def test_a_plan_alone_writes_nothing(checkpoint, text_file, tmp_path, capsys):
+    words = ["--model", checkpoint, "--texts", text_file, "--output_dir", tmp_path / "out", "--plan"]
+    finetune.main(options(finetune, *words))
+    assert "activations" in capsys.readouterr().out
+    assert not list(tmp_path.glob("out*"))
+    with pytest.raises(ValueError, match="--plan knows SFT with Lamoe's classes; leave out --native"):
+        finetune.main(options(finetune, *words, "--native"))
+
+
 def test_native_classes_will_not_lose_mtp_layers(mtp_folder, text_file, tmp_path):
     words = ["--model", mtp_folder, "--texts", text_file, "--output_dir", tmp_path / "out", "--native", "--merge"]
     with pytest.raises(ValueError, match=r"num_nextn_predict_layers=1: with a native class .* pass --mtp drop"):

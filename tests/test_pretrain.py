@@ -265,3 +265,9 @@ def test_what_cannot_work_is_refused_before_training(text_file, tmp_path, words,
     with pytest.raises(ValueError, match=message):
         pretrain.main(options(pretrain, "--texts", text_file, "--output_dir", tmp_path / "out", *small, *words))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_alone_writes_nothing(text_file, tmp_path, capsys):
+    pretrain.main(options(pretrain, "--texts", text_file, "--output_dir", tmp_path / "out", *SIZES, "--plan"))
+    assert "activations" in capsys.readouterr().out
+    assert not list(tmp_path.glob("out*"))
