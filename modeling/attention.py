@@ -458,7 +458,9 @@ class LamoeAttention(nn.Module):
 
     def _trains_fused(self, queries: Tensor, form: str | None) -> bool:
         """Whether one kernel makes queries and keys: with gradients, on a GPU with Triton, in the expanded form."""
-        if not trains_eagerly() or not queries.is_cuda or (form or self.config.mla_form) == "absorbed":
+        if not trains_eagerly() or not queries.is_cuda or queries.dtype == torch.float64:
+            return False
+        if (form or self.config.mla_form) == "absorbed":
             return False
         try:
             from .kernels_heads import expanded_heads  # noqa: F401 (whether it is there)
