@@ -157,7 +157,8 @@ def operator_calls(device) -> dict:
     one = make_case(1, 8, 4, 8, 2, device=device, seed=19)
     always = one.x.new_ones(6, 8), one.x.new_ones(6, 8), one.x.new_ones(8, 6)
     return {
-        "few_experts plain": (*one[:5], *always, "silu"),
+        "few_experts plain": (*one[:5], *always, None, "silu"),
+        "few_experts residual": (*one[:5], *always, one[0].detach().clone(), "silu"),
         "experts inference": (*case[:6], *options(train=False)),
         "experts invariant": (*case[:5], None, *options(train=False, batch_invariant=True)),
         "experts gradients": (*leaves, *options()),

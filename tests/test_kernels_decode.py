@@ -29,6 +29,9 @@ def test_few_tokens_with_their_shared_expert(tokens, shared_width):
 
     with torch.no_grad():
         out = kernels_moe.few_experts(*arguments, tuple(shared), "silu")
+        residual = torch.randn(case.x.shape, generator=generator).to(DEVICE)
+        both = kernels_moe.few_experts(*arguments, tuple(shared), "silu", residual)
+    torch.testing.assert_close(both, out + residual)
     exact = expected(torch.float64)
     assert (out.double() - exact).norm() <= 2 * (expected(torch.float32) - exact).norm() + 2**-22 * exact.norm()
     assert kernels_moe.few_experts(*arguments, tuple(shared), "silu") is None  # gradients may be wanted

@@ -298,7 +298,7 @@ def test_compiled_with_changing_numbers_of_tokens():
 
 OPERATORS = {
     "experts": ("inference", "invariant", "gradients", "recompute"),
-    "few_experts": ("plain",),
+    "few_experts": ("plain", "residual"),
     "experts_backward": ("all", "none", "into", "recompute"),
     "plan": ("int64", "int32"),
     "grouped_linear": ("tokens", "gradients", "transposed"),
