@@ -371,13 +371,14 @@ def main(arguments: Arguments):
             checkpoint's multi-token-prediction layers.
     """
     console = Console()
-    plan = planned(arguments)
-    if plan is not None:
-        console.print(str(plan), markup=False, highlight=False)
     if arguments.plan:
+        console.print(str(planned(arguments)), markup=False, highlight=False)
         return
     told = dataclasses.asdict(arguments)
     with training_folder(arguments.output_dir, told, arguments.resume, arguments.overwrite) as work:
+        plan = planned(arguments)
+        if plan is not None:
+            console.print(str(plan), markup=False, highlight=False)
         precision = choose_precision(arguments.precision)
         trainer_arguments = trl_config(arguments, work, precision)
         checkpoint = find_checkpoint(arguments.model)

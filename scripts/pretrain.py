@@ -23,7 +23,7 @@ from trl import TrlParser
 
 from lamoe import BalanceCallback, LamoeConfig, LamoeForCausalLM
 from lamoe.hub import load_complete
-from lamoe.memory import memory_explained, memory_plan
+from lamoe.memory import MemoryPlan, memory_explained, memory_plan
 from lamoe.scripts.corpus import refuse_larger_tokenizer, train_tokenizer
 from lamoe.scripts.curves import Curves
 from lamoe.scripts.folders import fresh_folder, last_checkpoint, training_folder
@@ -274,6 +274,14 @@ def report(trainer: Trainer, arguments: Arguments, first_step: int, seconds: flo
     console.print(table)
 
 
+def planned(arguments: Arguments, config: LamoeConfig) -> MemoryPlan:
+    """The memory that training takes, by count."""
+    return memory_plan(
+        config, arguments.batch_size, arguments.sequence_length, dtype=torch.float32,
+        checkpointing=arguments.checkpointing, accumulation=arguments.accumulation,
+    )  # fmt: skip
+
+
 def main(arguments: Arguments):
     """Check everything, train or go on with training, and save.
 
@@ -282,17 +290,15 @@ def main(arguments: Arguments):
     """
     console = Console()
     overrides = read_mapping("overrides", arguments.overrides)
-    plan = memory_plan(
-        read_config(arguments.model, overrides), arguments.batch_size, arguments.sequence_length, dtype=torch.float32,
-        checkpointing=arguments.checkpointing, accumulation=arguments.accumulation,
-    )  # fmt: skip
-    console.print(str(plan), markup=False, highlight=False)
     if arguments.plan:
+        console.print(str(planned(arguments, read_config(arguments.model, overrides))), markup=False, highlight=False)
         return
     told = dataclasses.asdict(arguments)
     with training_folder(arguments.output_dir, told, arguments.resume, arguments.overwrite) as work:
-        trainer_arguments = settings(arguments, work)
         config = read_config(arguments.model, overrides)
+        plan = planned(arguments, config)
+        console.print(str(plan), markup=False, highlight=False)
+        trainer_arguments = settings(arguments, work)
         weights = Path(arguments.model) if any(Path(arguments.model).glob("*.safetensors")) else None
         fields = (arguments.text_field,)
         rows = load_rows(arguments.texts, arguments.split, arguments.streaming, fields)
