@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from huggingface_hub import snapshot_download
 from peft import LoraConfig
@@ -35,8 +36,8 @@ from lamoe.scripts.training import (
     write_record,
 )
 
-# Attention and shared experts of the latent-attention families, and attention of the others. Not kv_b_proj: with an
-# unmerged adapter on it, each step of decoding expands the whole context.
+# Attention and shared experts of Lamoe's classes, and attention of the others. Not kv_b_proj: unmerged, its adapter
+# costs each decode step a product of the factors, and with a native class the whole context expanded.
 TARGETS = [
     "q_proj",
     "q_a_proj",
@@ -108,8 +109,8 @@ class Arguments:
     targets: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Endings of the names of the layers that get a LoRA: by default attention (without kv_b_proj, "
-            "which with an adapter could not be absorbed in decoding) and shared experts."
+            "help": "Endings of the names of the layers that get a LoRA: by default attention without kv_b_proj, "
+            "and the shared experts of Lamoe's classes."
         },
     )
     router: str = field(
@@ -301,6 +302,23 @@ def freeze_routers(model):
             module.requires_grad_(False)
 
 
+def default_targets(config) -> list[str]:
+    """Endings of the layers that get a LoRA if nobody says which."""
+    if not hasattr(config, "kv_lora_rank"):
+        return OTHER_TARGETS
+    return TARGETS if isinstance(config, LamoeConfig) else [name for name in TARGETS if not name.startswith("shared")]
+
+
+def refuse_swapped_targets(trainer: Trainer, targets: list[str]):
+    """Raise a ValueError if PEFT took shared experts for the routed ones, as 0.21 does with native classes."""
+    adapters = getattr(trainer.model, "peft_config", {}).values()
+    if any("shared" in name for name in targets) and any(adapter.target_parameters for adapter in adapters):
+        raise ValueError(
+            f"targets={targets}: of this native class PEFT {peft.__version__} adapts the routed experts in place of "
+            "the shared ones (huggingface/peft#3711); leave --native out, or name attention alone."
+        )
+
+
 def trl_config(arguments: Arguments, work: Path, precision: str):
     """TRL's arguments for the method.
 
@@ -413,9 +431,11 @@ def main(arguments: Arguments):
             freeze_routers(model)
         lora = None
         if arguments.lora:
-            targets = arguments.targets or (TARGETS if hasattr(config, "kv_lora_rank") else OTHER_TARGETS)
             lora = LoraConfig(
-                r=arguments.rank, lora_alpha=arguments.alpha, target_modules=targets, task_type="CAUSAL_LM"
+                r=arguments.rank,
+                lora_alpha=arguments.alpha,
+                target_modules=arguments.targets or default_targets(config),
+                task_type="CAUSAL_LM",
             )
         needed = {}
         if held_out is not None and arguments.text_field not in held_out.column_names:
@@ -435,6 +455,7 @@ def main(arguments: Arguments):
             **needed,
         )
         report_last(trainer)
+        refuse_swapped_targets(trainer, arguments.targets)
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         console.print(
             f"Training {trained:,} of {sum(parameter.numel() for parameter in model.parameters()):,} weights."

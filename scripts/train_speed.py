@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from lamoe import boost
@@ -58,10 +58,9 @@ def train_step_cost(name: str, case: TrainCase, ours, native, length: int, round
     """
     if case.lora:
         ours, native = adapted(ours), adapted(native)
-    base = native.get_base_model() if case.lora else native
     turns = {
         "lamoe": (ours, lambda: None),
-        "native grouped_mm": (native, lambda: base.set_experts_implementation("grouped_mm")),
+        "native grouped_mm": (native, lambda: native.set_experts_implementation("grouped_mm")),
         "native boosted": (native, lambda: boost(native)),
     }
     device = ours.device.type
@@ -103,9 +102,18 @@ def train_step_cost(name: str, case: TrainCase, ours, native, length: int, round
 
 
 def adapted(model: nn.Module) -> nn.Module:
-    """`model` with a LoRA on attention and shared experts, in the weights' own dtype, everything else frozen."""
-    lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(ATTENTION_AND_SHARED), task_type="CAUSAL_LM")
-    return get_peft_model(model, lora, autocast_adapter_dtype=False)
+    """`model` with a LoRA on attention and shared experts, in the weights' own dtype, everything else frozen.
+
+    The layers get it, not the model: of a native class PEFT would know the family, and adapt the routed experts where
+    it is asked for the shared ones (huggingface/peft#3711).
+    """
+    model.requires_grad_(False)
+    lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(ATTENTION_AND_SHARED))
+    inject_adapter_in_model(lora, model.model.layers)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(model.dtype)
+    return model
 
 
 def train_step(model: nn.Module, ids: Tensor):

@@ -267,6 +267,17 @@ def test_native_takes_transformers_class(checkpoint, text_file, short, tmp_path)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "deepseek_v3"
 
 
+def test_native_classes_get_no_adapter_on_experts_by_mistake(checkpoint, text_file, short, tmp_path):
+    """PEFT takes their shared experts for the routed ones."""
+    words = ["--model", checkpoint, "--texts", text_file, *short, "--native", "--steps", 1, "--overwrite"]
+    finetune.main(options(finetune, *words))
+    adapter = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert set(adapter["target_modules"]) == {name for name in finetune.TARGETS if not name.startswith("shared")}
+    assert not adapter["target_parameters"]
+    with pytest.raises(ValueError, match=r"adapts the routed experts in place of the shared .* leave --native out"):
+        finetune.main(options(finetune, *words, "--targets", *finetune.TARGETS))
+
+
 # Broken off and resumed
 
 
