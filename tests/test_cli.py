@@ -1,6 +1,7 @@
 """`lamoe <command>` and `python scripts/<command>.py` are one thing."""
 
 import importlib.metadata
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -59,19 +60,29 @@ def test_the_console_script_is_this_main():
     assert entry_point.load() is cli.main
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_both_ways_print_the_same_help(command, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "100")
-    by_file = subprocess.run(
-        [sys.executable, str(SCRIPTS / f"{command}.py"), "--help"], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert by_file.returncode == 0, by_file.stderr
-    monkeypatch.setattr(sys, "argv", ["lamoe"])
+def printed_help(run, capsys) -> str:
     with pytest.raises(SystemExit) as end:
-        cli.main([command, "--help"])
+        run()
     assert not end.value.code
-    assert "usage:" in by_file.stdout
-    assert capsys.readouterr().out == by_file.stdout
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_both_ways_print_the_same_help(command, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    path = str(SCRIPTS / f"{command}.py")
+    monkeypatch.setattr(sys, "argv", [path, "--help"])
+    by_file = printed_help(lambda: runpy.run_path(path, run_name="__main__"), capsys)
+    monkeypatch.setattr(sys, "argv", ["lamoe"])
+    assert "usage:" in by_file
+    assert printed_help(lambda: cli.main([command, "--help"]), capsys) == by_file
+
+
+def test_a_script_runs_from_any_folder(tmp_path):
+    script = [sys.executable, str(SCRIPTS / "plan.py"), "--help"]
+    run = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "usage:" in run.stdout
 
 
 def test_no_script_hides_a_library():
