@@ -1,7 +1,10 @@
 """Decode steps of `generate` with its default cache, replayed as a CUDA graph.
 
-A step of one token launches about a thousand kernels, and the host takes ten times as long to launch them as the GPU
-to run them. Recording them once needs no compiler, and takes as long as a step or two.
+A step launches about a thousand kernels, and the host takes ten times as long to launch them as the GPU to run them.
+Recording them once needs no compiler, and takes as long as a step or two. A step takes one token of each sequence, or
+in speculative generation several; so does that of a prediction layer.
+
+Letters: B sequences, T new tokens each, D hidden, W vocabulary.
 """
 
 from collections.abc import Callable
@@ -19,10 +22,10 @@ from .replay import LamoeCausalLMOutput
 
 logger = logging.get_logger(__name__)
 
-STEPS_BEFORE = 3  # steps of one token that run as ever, so that short answers record nothing
+STEPS_BEFORE = 3  # steps that run as ever, so that short answers record nothing
 MOST_RECORDINGS = 64  # of one cache: whoever replaces its tensors all the time gains nothing from graphs
-# What generation passes to `forward` and what means the same for one token; with anything else there is no graph.
-_NEUTRAL = {"use_cache": (None, True), "logits_to_keep": (0, 1), "return_dict": (None, True)}
+# What generation passes to `forward` beside `logits_to_keep`, and what changes nothing; else there is no graph.
+_NEUTRAL = {"use_cache": (None, True), "return_dict": (None, True)}
 _FIXED_ROPES = ("default", "linear", "yarn", "llama3", "proportional")
 
 
@@ -59,11 +62,10 @@ class Recorded:
     There is `room` for so many tokens in the cache; `at` is where the graph has left the cursor."""
 
     graph: torch.cuda.CUDAGraph
-    ids: Tensor
-    positions: Tensor
+    inputs: tuple[Tensor, ...]
     cursor: Tensor
     seen: Tensor | None
-    logits: Tensor
+    outputs: tuple[Tensor, ...]
     checksums: Tensor | None
     room: int
     versions: int
@@ -73,10 +75,10 @@ class Recorded:
     watch: Watch | None
     at: int = -1
 
-    def fits(self, model, cache, mask: Tensor | None) -> bool:
-        """Whether it was made with these buffers and weights, and with a mask if there is one."""
+    def fits(self, model, cache, ids: Tensor, mask: Tensor | None) -> bool:
+        """Whether it was made with these buffers and weights, for as many tokens, and with a mask if there is one."""
         same = self.versions == _versions(cache) and self.weights == _weights(model, self.adapters)
-        return same and (self.seen is None) == (mask is None)
+        return same and self.inputs[0].shape == ids.shape and (self.seen is None) == (mask is None)
 
 
 def replayed_step(
@@ -89,53 +91,97 @@ def replayed_step(
         mask: [B, cached + 1], 0 at padding, or None. positions: [B, 1] or None.
         arguments: whatever else `forward` was called with.
     """
-    if type(cache) is not GrowingCache or cache.cursor is not None or cache.recorded is False:
+    if input_ids is None or input_ids.shape[-1] != 1:
         return None
-    if input_ids is None or input_ids.shape[-1] != 1 or not can_record(input_ids.device):
+    found = replayed_tokens(model, input_ids, mask, positions, cache, arguments)
+    return None if found is None else LamoeCausalLMOutput(logits=found[1].clone(), past_key_values=cache)
+
+
+def replayed_tokens(
+    model, input_ids: Tensor, mask: Tensor | None, positions: Tensor | None, cache, arguments: dict
+) -> tuple[Tensor, Tensor] | None:
+    """T tokens for each sequence by a graph: `model`'s states after the last norm, [B, T, D], and logits [B, T, W].
+
+    None if they have to run as ever. The next replay overwrites them. A recording is for one T. Arguments as for
+    `replayed_step`, with T in place of 1.
+    """
+    if not _may_record(cache, input_ids.device):
+        return None
+    T, cached = input_ids.shape[1], cache.get_seq_length()
+    neutral = {**_NEUTRAL, "logits_to_keep": (0, T)}
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) or value not in neutral.get(name, (None,)):
+            return None
+    if positions is None:
+        positions = torch.arange(cached, cached + T, device=input_ids.device).unsqueeze(0)
+
+    def run(ids: Tensor, positions: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
+        out = model.model(
+            input_ids=ids, attention_mask=seen, position_ids=positions, past_key_values=cache, use_cache=True
+        )
+        return out.last_hidden_state, model.lm_head(out.last_hidden_state)
+
+    return replayed(model, run, (input_ids, positions.expand_as(input_ids)), mask, cache)
+
+
+def replayed(
+    model,
+    run: Callable[..., tuple[Tensor, ...]],
+    inputs: tuple[Tensor, ...],
+    mask: Tensor | None,
+    cache,
+    depth: int = 0,
+) -> tuple[Tensor, ...] | None:
+    """What `run(*inputs, mask)` returns, by a graph; None if it has to run as ever. The next replay overwrites it.
+
+    Args:
+        run: the model, or its prediction layer of `depth`, over T tokens behind those of `cache`; returns new tensors.
+        inputs: the first is [B, T]; each has the same shape in all calls.
+        mask: [B, cached + T], 0 at padding, or None.
+    """
+    ids = inputs[0]
+    if not _may_record(cache, ids.device):
         return None
     cache.steps += 1
     if cache.steps <= STEPS_BEFORE or model.training or torch.is_grad_enabled():
         return None
-    for name, value in arguments.items():
-        if isinstance(value, Tensor) or value not in _NEUTRAL.get(name, (None,)):
-            return None
-    cached = cache.get_seq_length()
-    if mask is not None and (mask.dim() != 2 or mask.shape != (len(input_ids), cached + 1)):
+    T, cached = ids.shape[1], cache.get_seq_length()
+    if mask is not None and (mask.dim() != 2 or mask.shape != (len(ids), cached + T)):
         return None
     recorded = cache.recorded
-    if recorded is None or cached >= recorded.room or not recorded.fits(model, cache, mask):
-        recorded = _renewed(model, input_ids, mask, cache)
+    if recorded is None or cached + T > recorded.room or not recorded.fits(model, cache, ids, mask):
+        recorded = _renewed(model, run, inputs, mask, cache, depth)
         if recorded is None:
             return None
-    recorded.ids.copy_(input_ids)
-    if recorded.at != cached:
+    for own, given in zip(recorded.inputs, inputs, strict=True):
+        own.copy_(given)
+    if recorded.at != cached:  # the first replay, or some tokens were cropped
         recorded.cursor.fill_(cached)
-    recorded.positions.copy_(recorded.cursor if positions is None else positions)
     if mask is not None:
-        recorded.seen[:, : cached + 1].copy_(mask)
+        recorded.seen[:, : cached + T].copy_(mask)
     recorded.graph.replay()
-    recorded.at = cached + 1  # the graph has moved the cursor
+    recorded.at = cached + T  # the graph has moved the cursor
     for layer in cache.layers:
-        layer.advance(1)
+        layer.advance(T)
     settle(model, cache)  # while the GPU is busy
     if recorded.watch is not None:
         recorded.watch.send(recorded.checksums)
-    return LamoeCausalLMOutput(logits=recorded.logits.clone(), past_key_values=cache)
+    return recorded.outputs
 
 
-def _renewed(model, input_ids: Tensor, mask: Tensor | None, cache) -> Recorded | None:
+def _renewed(model, run, inputs: tuple[Tensor, ...], mask: Tensor | None, cache, depth: int) -> Recorded | None:
     """A recording for the cache, the weights and the mask as they are now; None if there can be none."""
     settle(model, cache)
-    recorded = cache.recorded
+    recorded, ids = cache.recorded, inputs[0]
     if recorded is None or recorded.weights != _weights(model, recorded.adapters):
-        reason = _why_not(model, input_ids, mask, cache)
+        reason = _why_not(model, ids, mask, cache, depth)
         if reason:
             logger.info(f"Decode steps are not recorded as a CUDA graph: {reason}.")
             cache.recorded = False
             return None
     for layer in cache.layers:
-        layer.make_room(1)
-    if recorded is not None and recorded.fits(model, cache, mask):
+        layer.make_room(ids.shape[1])
+    if recorded is not None and recorded.fits(model, cache, ids, mask):
         return recorded
     times = 1 if recorded is None else recorded.times + 1
     if times > MOST_RECORDINGS:
@@ -143,7 +189,7 @@ def _renewed(model, input_ids: Tensor, mask: Tensor | None, cache) -> Recorded |
         return None
     cache.recorded = recorded = None  # its memory first
     try:
-        cache.recorded = _record(model, input_ids, mask, cache, times)
+        cache.recorded = _record(model, run, inputs, mask, cache, depth, times)
     except RuntimeError as reason:  # a layer of somebody else's that waits for the GPU, or no memory
         logger.warning_once(f"Decode steps could not be recorded as a CUDA graph and run as ever: {reason}")
         cache.recorded = False
@@ -160,6 +206,11 @@ def settle(model, cache):
     checksums = recorded.watch.read() if recorded and recorded.watch is not None else None
     if checksums is not None:
         model.model.refuse_nonfinite(checksums)
+
+
+def _may_record(cache, device: torch.device) -> bool:
+    free = type(cache) is GrowingCache and cache.cursor is None and cache.recorded is not False
+    return free and can_record(device)
 
 
 def never_recorded(model, device: torch.device) -> str | None:
@@ -182,15 +233,15 @@ def never_recorded(model, device: torch.device) -> str | None:
     return kernel_refusal(config, model.dtype, device)
 
 
-def _why_not(model, input_ids: Tensor, mask: Tensor | None, cache) -> str | None:
+def _why_not(model, ids: Tensor, mask: Tensor | None, cache, depth: int) -> str | None:
     """Why a step cannot be recorded, or None if it can."""
-    reason = never_recorded(model, input_ids.device)
+    reason = never_recorded(model, ids.device)
     if reason:
         return reason
     if any(type(layer) is not GrowingLayer or not layer.is_initialized for layer in cache.layers):
         return "the cache is not filled, or not of one kind"
-    x = model.model.embed_tokens.weight[:1, None].expand(len(input_ids), -1, -1)
-    if decode_view(model.config, x, mask, cache, None, {}) is None or not model.model.decodes(x):
+    x = model.model.embed_tokens.weight[:1, None].expand(*ids.shape, -1)
+    if decode_view(model.config, x, mask, cache, None, {}) is None or not model.model.decodes(x, depth):
         return "the decode kernel does not run here"
     return None
 
@@ -202,11 +253,15 @@ def _versions(cache) -> int:
 def _weights(model, adapters: list[nn.Module]) -> tuple:
     """What shows that the model was moved, or set to compute in another way, since a recording.
 
-    Training is not among it: a graph reads weights and factors of adapters where they lie.
+    Training is not among it: a graph reads weights and factors of adapters where they lie. Modules are found without
+    their own attribute look-up, since this is for every step of a decoding.
     """
-    some = (model.model.embed_tokens.weight, model.model.layers[-1].self_attn.kv_b_proj.weight, model.lm_head.weight)
-    ways = model.config._experts_implementation, model.config.mla_implementation
-    return (*(weight.data_ptr() for weight in some), *ways, *map(adapter_state, adapters))
+    config, parts = model.config, model._modules["model"]._modules
+    layers = list(parts["layers"]._modules.values())
+    last = [layer._modules["self_attn"] for layer in (layers[config.num_hidden_layers - 1], layers[-1])]
+    some = [parts["embed_tokens"], model._modules["lm_head"], *(attention._modules["kv_b_proj"] for attention in last)]
+    ways = config._experts_implementation, config.mla_implementation
+    return (*(module.weight.data_ptr() for module in some), *ways, *map(adapter_state, adapters))
 
 
 def _waits(model) -> bool:
@@ -227,7 +282,7 @@ def can_record(device: torch.device) -> bool:
     return device.type == "cuda" and not (torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing())
 
 
-def record(step: Callable[[], tuple[Tensor, Tensor | None]], device: torch.device):
+def record(step: Callable[[], tuple[Tensor | None, ...]], device: torch.device):
     """`step` as a graph, and its outputs, which each replay writes anew."""
     graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
@@ -239,24 +294,23 @@ def record(step: Callable[[], tuple[Tensor, Tensor | None]], device: torch.devic
     return graph, *outputs
 
 
-def _record(model, input_ids: Tensor, mask: Tensor | None, cache: GrowingCache, times: int) -> Recorded:
+def _record(model, run, inputs, mask: Tensor | None, cache: GrowingCache, depth: int, times: int) -> Recorded:
     """Record the step behind what is cached; what this writes is written again by the first replay."""
-    device = input_ids.device
-    ids, positions = input_ids.clone(), torch.zeros_like(input_ids)
+    own, device = tuple(x.clone() for x in inputs), inputs[0].device
     cursor = torch.full((1,), cache.get_seq_length(), device=device)
     room, seen = min(layer.room for layer in cache.layers), None
     if mask is not None:
-        seen = torch.zeros(len(input_ids), room, dtype=torch.int32, device=device)
+        seen = torch.zeros(len(mask), room, dtype=torch.int32, device=device)
         seen[:, : mask.shape[1]].copy_(mask)
 
-    def step() -> tuple[Tensor, Tensor | None]:
-        out = model(input_ids=ids, attention_mask=seen, position_ids=positions, past_key_values=cache, use_cache=True)
-        cursor.add_(1)
-        return out.logits, model.model.checksums()
+    def step() -> tuple[Tensor | None, ...]:
+        with cache.cursor_at(cursor):
+            outputs = run(*own, seen)
+        cursor.add_(own[0].shape[1])
+        return *outputs, None if depth else model.model.checksums()
 
-    with cache.cursor_at(cursor):
-        graph, logits, checksums = record(step, device)
+    graph, *outputs, checksums = record(step, device)
     watch = None if checksums is None else Watch(checksums)
     adapters = adapter_layers(model)
     made_with = _versions(cache), _weights(model, adapters), adapters, times
-    return Recorded(graph, ids, positions, cursor, seen, logits, checksums, room, *made_with, watch)
+    return Recorded(graph, own, cursor, seen, tuple(outputs), checksums, room, *made_with, watch)

@@ -103,7 +103,9 @@ class LamoeGenerationMixin:
         if given is None and type(cache) is DynamicCache and not cache.offloading:
             model_kwargs["past_key_values"] = GrowingCache(config=self.config)
         elif given is None and type(cache) is StaticCache and self._records_instead(cache, generation_config):
-            model_kwargs["past_key_values"] = GrowingCache(config=self.config, room=cache.layers[0].max_cache_len)
+            drafts = self.config.num_nextn_predict_layers if generation_config.use_mtp else 0
+            room = cache.layers[0].max_cache_len + drafts  # which the last round makes too many of
+            model_kwargs["past_key_values"] = GrowingCache(config=self.config, room=room)
 
     def _records_instead(self, cache: StaticCache, generation_config) -> bool:
         if cache.offloading or generation_config.compile_config is not None or generation_config.disable_compile:

@@ -368,9 +368,13 @@ class LamoeModel(MTPModelMixin, LamoePreTrainedModel):
             routed_experts=stacked(layers, hidden_states) if output_routed_experts else None,
         )
 
-    def decodes(self, x: Tensor) -> bool:
-        """Whether every layer's kv_b_proj can be absorbed; where one cannot, a mask is needed."""
-        return not any(uncomputable_weight(layer.self_attn.kv_b_proj, x) for layer in self.decoder_layers)
+    def decodes(self, x: Tensor, depth: int = 0) -> bool:
+        """Whether each kv_b_proj of the decoder layers, or of the prediction layer of `depth`, can be absorbed.
+
+        Where one cannot, a mask is needed.
+        """
+        layers = self.mtp_layers[depth - 1 : depth] if depth else self.decoder_layers
+        return not any(uncomputable_weight(layer.self_attn.kv_b_proj, x) for layer in layers)
 
     def _warn_of_float16(self, x: Tensor):
         if not self.training or x.is_meta or torch.compiler.is_compiling():

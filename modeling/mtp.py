@@ -2,7 +2,7 @@
 
 The layer of depth k = 1, 2, … joins the state that depth k - 1 has of token i with the embedding of token i + k, and
 predicts token i + k + 1. Depth 0 is the model itself. Embedding and head are the model's. In generation the layers
-draft (mtp_generation.py); on disk they are layers past the last (mtp_checkpoint.py).
+draft (mtp_drafts.py); on disk they are layers past the last (mtp_checkpoint.py).
 
 Letters: B sequences, T tokens each, D hidden, W vocabulary.
 """
@@ -18,7 +18,7 @@ from .attention import LamoeRMSNorm, decode_view
 from .attention_choice import find_documents
 from .losses import next_token_loss, router_losses
 from .moe import Routing
-from .projections import uncomputable_weight, unreadable_weight
+from .projections import unreadable_weight
 from .token_loss import logits_loss
 
 
@@ -122,7 +122,7 @@ class MTPModelMixin:
         """
         layer = self.mtp_layers[depth - 1]
         view = decode_view(self.config, embeds, attention_mask, past_key_values, None, kwargs)
-        if view is not None and uncomputable_weight(layer.self_attn.kv_b_proj, embeds):
+        if view is not None and not self.decodes(embeds, depth):
             view = None
         mask = None
         if view is None:

@@ -8,10 +8,14 @@ Rows of a batch keep different numbers of tokens, and caches have one length. So
 round kept, and a mask hides what the other rows did not: every cache can crop its end, and every attention takes a
 mask, while caches of one length a row would need kernels and classes of their own. A batch of one has no such holes.
 
+Where steps can be recorded (decode_graph.py), the model's forward of a round is one CUDA graph and each depth another;
+so that one recording serves, the last rounds then draft as many tokens as the others and drop what is too much. The
+host waits once a round, for the tokens and how many are kept.
+
 Letters: B rows, P tokens of the prompt, D hidden, W vocabulary, n drafts of a round.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -27,7 +31,9 @@ from transformers.generation import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
-from .cache import GrowingCache, GrowingLayer
+from .cache import GrowingLayer
+from .decode_graph import replayed_tokens, settle
+from .mtp_drafts import Drafter
 
 # Processors that keep a state from step to step, which a rejected draft would spoil.
 _STATEFUL = (UnbatchedClassifierFreeGuidanceLogitsProcessor, SynthIDTextWatermarkLogitsProcessor)
@@ -87,91 +93,6 @@ def verify_by_sampling(scores: Tensor, drafts: Tensor, q: Tensor) -> tuple[Tenso
     return tokens, kept
 
 
-class Drafter:
-    """The prediction layers, their caches and what they have to remember of a round.
-
-    The layer of depth k joins the state of place i with token i + k. With N tokens known it has final entries for the
-    places up to N - 1 - k, and makes further ones with drafts; those are cropped and made anew in the next round. Of
-    the states of depth k - 1, depth k needs those of the round and one from the round before.
-    """
-
-    def __init__(self, model):
-        self.model = model
-        self.depths = len(model.model.mtp_layers)
-        self.caches = [_one_layer() for _ in range(self.depths)]
-        self.seen: list[Tensor | None] = [None] * self.depths
-        self.before: list[Tensor | None] = [None] * self.depths
-        self.prompt, self.masked = True, False
-
-    def draft(
-        self,
-        states: Tensor,
-        tokens: Tensor,
-        kept: Tensor,
-        first: Tensor,
-        start: Tensor,
-        drafts: int,
-        choose: Callable[[Tensor, list[Tensor]], Tensor],
-    ) -> list[Tensor]:
-        """So many `drafts` for each row, [B] each, behind the tokens that the last round kept.
-
-        Args:
-            states: the model's [B, A, D], after its last norm, at the places one before those of `tokens`.
-            tokens: [B, A], which the last round added; of a row the first `kept` [B]. The prompt is the first round.
-            first: position of the first of `tokens`, [B].
-            start: positions before this one [B] are padding.
-            choose: a draft [B] from a depth's logits [B, W] and the drafts before it.
-        """
-        B, A = tokens.shape
-        if self.prompt:
-            self.masked = B > 1 or self.depths > A
-        rows, last = torch.arange(B, device=tokens.device), (kept - 1).clamp(min=0)
-        ids = torch.cat((tokens, tokens.new_zeros(B, drafts)), dim=1)
-        found: list[Tensor] = []
-        for depth in range(1, drafts + 1):
-            if depth > 1:
-                before = torch.zeros_like(states[:, :1]) if self.prompt else self.before[depth - 1]
-                self.before[depth - 1] = states[rows, last].unsqueeze(1)
-                states = torch.cat((before, states), dim=1)
-            # columns count from the place `depth` before the first of `tokens`; the prompt has nothing there
-            outside = depth - 1 if self.prompt else 0
-            fresh = self._run(depth, states[:, outside:], ids, outside, kept, first, start)
-            states = torch.cat((states[:, :outside], fresh), dim=1)
-            logits = self.model.mtp_head(depth)(states[rows, last + depth - 1])
-            found.append(choose(logits, found))
-            ids[rows, kept + depth - 1] = found[-1].to(ids.device)
-        self.prompt = False
-        return found
-
-    def _run(self, depth, states, ids, outside: int, kept, first, start) -> Tensor:
-        """The layer of `depth` over `states` [B, T, D] of the columns from `outside` on; final ones stay cached."""
-        T = states.shape[1]
-        columns = torch.arange(outside, outside + T, device=ids.device)
-        positions = (first - depth).unsqueeze(1) + columns
-        live = (columns < (kept + depth - 1).unsqueeze(1)) & (positions >= start.unsqueeze(1))
-        cache, seen = self.caches[depth - 1], self.seen[depth - 1]
-        mask = None
-        if self.masked:
-            mask = live if seen is None else torch.cat((seen, live), dim=1)
-        model = self.model.model
-        out = model.mtp_step(
-            depth, model.mtp_embeds(depth, ids[:, columns]), states, mask, positions.clamp(min=0),
-            past_key_values=cache, use_cache=True,
-        )  # fmt: skip
-        stay = max(T - (depth - 1), 0)
-        cache.crop(stay - T)
-        if self.masked:
-            settled = (live & (columns < kept.unsqueeze(1)))[:, :stay]
-            self.seen[depth - 1] = settled if seen is None else torch.cat((seen, settled), dim=1)
-        return out
-
-
-def _one_layer() -> GrowingCache:
-    cache = GrowingCache()
-    cache.layers.append(GrowingLayer())
-    return cache
-
-
 class _Rows:
     """The tokens of each row, and when it stops."""
 
@@ -182,49 +103,59 @@ class _Rows:
         self.pads = bool(ends)  # as Transformers has it: without an end token a stopped row goes on beside the others
         self.longest = stopping_criteria.max_length
         B, self.prompt = input_ids.shape
-        self.tokens = input_ids.new_full((B, self.longest), 0 if pad_token_id is None else pad_token_id)
-        self.tokens[:, : self.prompt] = input_ids
-        self.counts = [0] * B  # generated tokens
+        self.words: list[list[int]] = [[] for _ in range(B)]  # generated tokens
         self.stops: list[int | None] = [None] * B  # after how many of them the row stops
+        self._tokens = input_ids.new_full((B, self.longest), 0 if pad_token_id is None else pad_token_id)
+        self._tokens[:, : self.prompt] = input_ids
+        self._written = [0] * B
 
-    def add(self, tokens: Tensor, offered: list[int]) -> list[int]:
-        """Add of each row of `tokens` [B, n + 1] the first `offered`, or fewer where it stops; how many they were."""
-        host, added = tokens.tolist(), []
-        for row, words in enumerate(host):
-            begin = self.counts[row]
-            for word in words[: offered[row]]:
+    def counts(self) -> list[int]:
+        """How many tokens each row has generated."""
+        return [len(words) for words in self.words]
+
+    def tokens(self) -> Tensor:
+        """[B, longest]: prompts, generated tokens, and padding behind them."""
+        for row, words in enumerate(self.words):
+            begin, self._written[row] = self._written[row], len(words)
+            if begin < len(words):
+                new = self._tokens.new_tensor(words[begin:])
+                self._tokens[row, self.prompt + begin : self.prompt + len(words)] = new
+        return self._tokens
+
+    def add(self, words: list[list[int]], offered: list[int]) -> list[int]:
+        """Add of each row's `words` the first `offered`, or fewer where it stops; how many they were."""
+        before = self.counts()
+        for row, count in enumerate(offered):
+            for word in words[row][:count]:
                 if self.is_done(row):
                     break
                 self._add(row, word)
-            added.append(self.counts[row] - begin)
-        return added
+        return [len(words) - begin for words, begin in zip(self.words, before, strict=True)]
 
     def _add(self, row: int, word: int):
-        width = self.prompt + self.counts[row] + 1
-        self.tokens[row, width - 1] = word
-        self.counts[row] += 1
+        self.words[row].append(word)
         if self.stops[row] is None:
-            whole = self.tokens[row : row + 1, :width]
+            width = self.prompt + len(self.words[row])
             stops = word in self.ends or width >= self.longest
-            if stops or any(bool(criterion(whole, None).all()) for criterion in self.criteria):
-                self.stops[row] = self.counts[row]
+            if stops or any(bool(c(self.tokens()[row : row + 1, :width], None).all()) for c in self.criteria):
+                self.stops[row] = len(self.words[row])
 
     def is_done(self, row: int) -> bool:
         """Whether the row needs no more tokens."""
         if self.stops[row] is None:
             return False
-        if self.pads or self.prompt + self.counts[row] >= self.longest:
+        if self.pads or self.prompt + len(self.words[row]) >= self.longest:
             return True
-        return None not in self.stops and self.counts[row] >= max(self.stops)
+        return None not in self.stops and len(self.words[row]) >= max(self.stops)
 
     def left(self) -> int:
         """The most tokens that a row may still need."""
-        open_rows = [row for row in range(len(self.counts)) if not self.is_done(row)]
-        return max((self.longest - self.prompt - self.counts[row] for row in open_rows), default=0)
+        lengths = [self.prompt + len(words) for row, words in enumerate(self.words) if not self.is_done(row)]
+        return max((self.longest - length for length in lengths), default=0)
 
     def sequences(self) -> Tensor:
         """What `generate` returns, [B, prompt + tokens of the longest row]."""
-        return self.tokens[:, : self.prompt + max(self.stops)]
+        return self.tokens()[:, : self.prompt + max(self.stops)]
 
 
 class _Recorded:
@@ -265,15 +196,34 @@ def _states_of(model) -> Iterator[list[Tensor]]:
         hook.remove()
 
 
-def _hide(mask: Tensor | None, cached: int, kept: Tensor) -> Tensor | None:
-    """The mask [B, cached] after a round, of whose columns, the last ones, each row has the first `kept` [B]."""
-    added = int(kept.max())
-    shown = torch.arange(added, device=kept.device) < kept.unsqueeze(1)
-    if mask is None and bool(shown.all()):
+def _verified(
+    model, ids: Tensor, mask: Tensor | None, positions: Tensor, cache, arguments: dict, recorded: bool
+) -> tuple[Tensor, Tensor]:
+    """The model's states after the last norm [B, n + 1, D] and logits [B, n + 1, W]; by a CUDA graph if it may be."""
+    found = replayed_tokens(model, ids, mask, positions, cache, arguments) if recorded else None
+    if found is not None:
+        return found[0], found[1].clone()
+    with _states_of(model) as states:
+        outputs = model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+            return_dict=True, **arguments,
+        )  # fmt: skip
+    return states.pop(), outputs.logits
+
+
+def _hide(mask: Tensor | None, cached: int, kept: Tensor, added: list[int]) -> Tensor | None:
+    """The mask [B, cached] after a round, of whose columns, the last ones, each row has the first `kept` [B].
+
+    Args:
+        added: the same numbers for the host.
+    """
+    longest = max(added)
+    if mask is None and min(added) == longest:
         return None
+    shown = torch.arange(longest, device=kept.device) < kept.unsqueeze(1)
     if mask is None:
-        mask = shown.new_ones(len(kept), cached - added, dtype=torch.int64)
-    return torch.cat((mask[:, : cached - added], shown.to(mask.dtype)), dim=1)
+        mask = shown.new_ones(len(kept), cached - longest, dtype=torch.int64)
+    return torch.cat((mask[:, : cached - longest], shown.to(mask.dtype)), dim=1)
 
 
 def _close_holes(cache, mask: Tensor | None, prompt: int, length: int):
@@ -346,81 +296,90 @@ def speculate(
     recorded = _Recorded(generation_config, B)
     sample = generation_config.do_sample
 
-    def process(logits: Tensor, drafts: list[Tensor]) -> Tensor:
-        """Scores of the token behind the rows' own and the first `drafts`, from `logits` [B, W]."""
+    def process(logits: Tensor, drafts: Tensor) -> Tensor:
+        """Scores of the token behind the rows' own and `drafts` [B, i], from `logits` [B, W]."""
         logits = logits.to(dtype=torch.float32, device=input_ids.device, copy=True)
         if not len(logits_processor):
             return logits
-        ahead = torch.stack(drafts, dim=1) if drafts else input_ids[:, :0]
-        scores = torch.empty_like(logits)
-        for count in set(rows.counts):  # whole batches, since a processor may know rows by their place
-            prefixes = torch.cat((rows.tokens[:, : P + count], ahead), dim=1)
-            mine = [row for row in range(B) if rows.counts[row] == count]
+        scores, counts = torch.empty_like(logits), rows.counts()
+        for count in set(counts):  # whole batches, since a processor may know rows by their place
+            prefixes = torch.cat((rows.tokens()[:, : P + count], drafts), dim=1)
+            mine = [row for row in range(B) if counts[row] == count]
             scores[mine] = logits_processor(prefixes, logits)[mine]
         return scores
 
     with _states_of(model) as states:
         outputs = model._prefill(input_ids, generation_config, kwargs)
-        hidden_states, logits = torch.cat(states, dim=1), outputs.logits[:, -1:]
-        states.clear()
-        forwarded = {name: value for name, value in kwargs.items() if name not in _OWN_KWARGS}
-        begin = kwargs["position_ids"][:, -1].expand(B) + 1  # position of the first new token
-        start = (begin - hidden_states.shape[1]).clamp(min=0)
-        prompt = input_ids[:, P - hidden_states.shape[1] + 1 :]
-        drafts: list[Tensor] = []
-        q: list[Tensor] = []
-        while True:
-            scores = torch.stack([process(logits[:, i], drafts[:i]) for i in range(len(drafts) + 1)], dim=1)
-            drafted = torch.stack(drafts, dim=1) if drafts else input_ids[:, :0]
-            if sample:
-                tokens, matches = verify_by_sampling(scores, drafted, torch.stack(q, 1) if q else scores[:, :0])
-            else:
-                tokens, matches = verify_greedily(scores, drafted)
-            matches, before, open_rows = matches.tolist(), list(rows.counts), [not rows.is_done(b) for b in range(B)]
-            added = rows.add(tokens, [match + 1 for match in matches])
-            for row in (row for row in range(B) if open_rows[row] and drafts):
-                speculation.count(len(drafts), min(matches[row], added[row]))
-            recorded.add(scores, logits, added)
-            if streamer is not None:
-                for token in tokens[0, : added[0]].cpu().split(1):
-                    streamer.put(token)
+    hidden_states, logits = torch.cat(states, dim=1), outputs.logits[:, -1:]
+    del states, outputs
+    if B == 1 and mask is not None and mask.dim() == 2 and bool(mask.all()):
+        mask = None  # it would only cost launches
+    forwarded = {name: value for name, value in kwargs.items() if name not in _OWN_KWARGS}
+    begin = kwargs["position_ids"][:, -1].expand(B) + 1  # position of the first token that a round adds
+    start = (begin - hidden_states.shape[1]).clamp(min=0)
+    ahead = torch.arange(drafter.depths + 1, device=begin.device)
+    prompt = input_ids[:, P - hidden_states.shape[1] + 1 :]
+    cached = cache.get_seq_length()
+    drafts, q = input_ids[:, :0], []
+    while True:
+        n, steady = drafts.shape[1], bool(getattr(cache, "recorded", None))
+        if len(logits_processor):
+            scores = torch.stack([process(logits[:, i], drafts[:, :i]) for i in range(n + 1)], dim=1)
+        else:
+            scores = logits.to(dtype=torch.float32, device=input_ids.device)
+        if sample:
+            tokens, matches = verify_by_sampling(scores, drafts, torch.stack(q, 1) if q else scores[:, :0])
+        else:
+            tokens, matches = verify_greedily(scores, drafts)
+        host = torch.cat((tokens, matches.unsqueeze(1)), dim=1).tolist()  # all that the host waits for
+        offered, open_rows = [row[-1] + 1 for row in host], [not rows.is_done(b) for b in range(B)]
+        needed = min(n, rows.left() - 1)
+        added = rows.add(host, offered)
+        for row in (row for row in range(B) if open_rows[row] and needed):
+            speculation.count(needed, min(offered[row] - 1, added[row], needed))
+        recorded.add(scores, logits, added)
+        if streamer is not None:
+            for token in torch.tensor(host[0][: added[0]]).split(1):
+                streamer.put(token)
 
-            kept, A = torch.tensor(added, device=input_ids.device), max(added)
-            if prompt is None:
-                cache.crop(A - len(drafts) - 1)
-                mask = _hide(mask, cache.get_seq_length(), kept)
-                hidden_states, tokens, first = hidden_states[:, :A], tokens[:, :A], begin + begin.new_tensor(before)
-            else:
-                cached = cache.get_seq_length()
-                tokens, kept = torch.cat((prompt, tokens), dim=1), kept + prompt.shape[1]
-                first, prompt = begin - prompt.shape[1], None
-            if not rows.left():
-                break
+        kept = matches + 1 if added == offered else matches.new_tensor(added)
+        first, longest, begin = begin, max(added), begin + kept.to(begin.device)
+        if prompt is None:
+            cache.crop(longest - n - 1)
+            mask = _hide(mask, cache.get_seq_length(), kept, added)
+            if not steady:
+                hidden_states, tokens = hidden_states[:, :longest], tokens[:, :longest]
+        else:
+            length = prompt.shape[1]
+            tokens, kept, longest = torch.cat((prompt, tokens), dim=1), kept + length, longest + length
+            first, prompt = first - length, None
+        if not rows.left():
+            break
 
-            number, q = min(drafter.depths, rows.left() - 1), []
+        q = []
 
-            def choose(logits: Tensor, drafts: list[Tensor], q=q) -> Tensor:
-                scores = process(logits, drafts)
-                if not sample:
-                    return scores.argmax(dim=-1)
-                q.append(scores.softmax(dim=-1))
-                return torch.multinomial(q[-1], 1).squeeze(1)
+        def choose(logits: Tensor, drafts: list[Tensor], q=q) -> Tensor:
+            scores = process(logits, torch.stack(drafts, dim=1) if drafts else input_ids[:, :0])
+            if not sample:
+                return scores.argmax(dim=-1)
+            q.append(scores.softmax(dim=-1))
+            return torch.multinomial(q[-1], 1).squeeze(1)
 
-            places = (x.to(hidden_states.device) for x in (tokens, kept, first, start))
-            drafts = drafter.draft(hidden_states, *places, number, choose)
-            counts = begin.new_tensor(rows.counts)
-            last = rows.tokens.gather(1, (P + counts - 1).unsqueeze(1))
-            feed = torch.cat((last, *(draft.unsqueeze(1) for draft in drafts)), dim=1)
-            ahead = torch.arange(feed.shape[1], device=feed.device)
-            if mask is not None:
-                mask = torch.cat((mask, mask.new_ones(feed.shape)), dim=1)
-            outputs = model(
-                input_ids=feed, attention_mask=mask, position_ids=(begin + counts - 1).unsqueeze(1) + ahead,
-                past_key_values=cache, use_cache=True, return_dict=True, **forwarded,
-            )  # fmt: skip
-            hidden_states, logits = states.pop(), outputs.logits
-            speculation.rounds += 1
+        number = drafter.depths if steady else min(drafter.depths, rows.left() - 1)
+        places = (x.to(hidden_states.device) for x in (tokens, kept, first, start))
+        likeliest = not sample and not len(logits_processor)
+        found = drafter.draft(hidden_states, *places, longest, number, steady, None if likeliest else choose)
+        last = tokens.gather(1, (kept - 1).clamp(min=0).unsqueeze(1))
+        feed = torch.cat((last, *(draft.to(last.device).unsqueeze(1) for draft in found)), dim=1)
+        drafts = feed[:, 1:]
+        if mask is not None:
+            mask = torch.cat((mask, mask.new_ones(feed.shape)), dim=1)
+        positions = (begin - 1).unsqueeze(1) + ahead[: number + 1]
+        full = number == drafter.depths
+        hidden_states, logits = _verified(model, feed, mask, positions, cache, forwarded, full)
+        speculation.rounds += 1
 
+    settle(model, cache)
     if streamer is not None:
         streamer.end()
     sequences = rows.sequences()

@@ -9,6 +9,7 @@ from torch import nn
 from lamoe import decode_graph, prefill
 from lamoe.cache import GrowingCache
 from lamoe.projections import adapter_layers, adapter_state, effective_weight, is_lora, uncomputable_weight
+from tests.graphs import watch_recordings
 from tests.test_attention import small_model, step_by_step, taken, warnings_of_attention  # noqa: F401 (fixtures)
 from tests.test_generation import compiled, generate
 from tests.test_prefill import calls, tight  # noqa: F401 (fixtures)
@@ -248,21 +249,11 @@ def test_the_state_shows_every_change_that_a_graph_would_miss(change):
 
 
 def test_recorded_steps_follow_the_adapters(model, monkeypatch):
-    from tests.test_decode_graph import EagerGraph
-
     pytest.importorskip("lamoe.kernels_attention")
     if torch.cuda.is_available():
         pytest.skip("there is a test for the GPU")
-    recordings = []
-
-    def record(step, device):
-        cache = next(cell.cell_contents for cell in step.__closure__ if type(cell.cell_contents) is GrowingCache)
-        recordings.append(EagerGraph(step, cache))
-        return recordings[-1], *recordings[-1].outputs
-
-    monkeypatch.setattr(decode_graph, "record", record)
+    recordings = watch_recordings(monkeypatch)
     monkeypatch.setattr(decode_graph, "STEPS_BEFORE", 1)
-    monkeypatch.setattr(decode_graph, "can_record", lambda device: True)
     monkeypatch.setattr(decode_graph, "_waits", lambda m: False)
     plain, ids = inner(model), random_ids(1, 6)
     monkeypatch.setattr(plain.config, "mla_implementation", "triton")

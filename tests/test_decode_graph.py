@@ -6,53 +6,21 @@ import pytest
 import torch
 from transformers import StaticCache, StoppingCriteria
 
-from lamoe import decode_graph, modeling_lamoe
+from lamoe import decode_graph
 from lamoe.cache import GrowingCache
+from tests.graphs import DEVICE, EXPERTS, watch_recordings
 from tests.test_generation import generate
 from tests.tiny import lamoe_model, random_ids
 
 pytest.importorskip("lamoe.kernels_attention")
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
 NEW = 9
-EXPERTS = "lamoe" if GPU else "grouped_mm"  # the interpreter takes long
-
-
-class EagerGraph:
-    """Replays by calling; what the recording returned is written in place, as a graph does."""
-
-    def __init__(self, step, cache):
-        self.step, self.cache, self.cursor = step, cache, cache.cursor
-        self.outputs = step()
-
-    def replay(self):
-        with torch.no_grad(), self.cache.cursor_at(self.cursor):
-            for old, new in zip(self.outputs, self.step(), strict=True):
-                if old is not None:
-                    old.copy_(new)
 
 
 @pytest.fixture
 def recordings(monkeypatch):
-    """The graphs that are recorded, by the real thing on a GPU."""
-    made, real = [], decode_graph.record
-
-    def record(step, device):
-        if GPU:
-            made.append(real(step, device))
-        else:
-            cache = next(cell.cell_contents for cell in step.__closure__ if type(cell.cell_contents) is GrowingCache)
-            graph = EagerGraph(step, cache)
-            made.append((graph, *graph.outputs))
-        return made[-1]
-
-    monkeypatch.setattr(decode_graph, "record", record)
-    if not GPU:
-        monkeypatch.setattr(decode_graph, "can_record", lambda device: True)
-        monkeypatch.setattr(decode_graph, "_waits", lambda m: m.config._experts_implementation != EXPERTS)
-        monkeypatch.setattr(modeling_lamoe, "fuses", lambda *arguments: False)  # test_kernels_step.py looks at these
-    return made
+    """The graphs that are recorded."""
+    return watch_recordings(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -111,14 +111,14 @@ def test_operators():
     torch.library.opcheck(kernels._decode_values, (latent, turned, c, k, lengths, None, random(4, 8, 32), 0.2))
 
 
-@pytest.mark.parametrize("family, B", [("v3", 1), ("v2-lite", 3), ("glm-4.7-flash", 2)])
-def test_a_fused_layer_is_the_layer(family, B, tmp_path, monkeypatch):
+@pytest.mark.parametrize("family, B, T", [("v3", 1, 1), ("v2-lite", 3, 1), ("glm-4.7-flash", 2, 1), ("v3", 2, 2)])
+def test_a_fused_layer_is_the_layer(family, B, T, tmp_path, monkeypatch):
     """Recorded steps, in the order of a recording, against the same steps by the layers' own forward."""
     _, model = lamoe_model(family, tmp_path, torch.float32, kv_lora_rank=32)
     model.config.mla_implementation = "triton"
     model.set_experts_implementation("lamoe" if GPU else "grouped_mm")  # the interpreter takes long
     model.to(DEVICE)
-    ids = random_ids(B, 12).to(DEVICE)
+    ids = random_ids(B, 10 + 2 * T).to(DEVICE)
     calls, fused = [], modeling_lamoe.few_tokens_layer
 
     def counted(*arguments):
@@ -131,15 +131,16 @@ def test_a_fused_layer_is_the_layer(family, B, tmp_path, monkeypatch):
     def logits(recorded: bool):
         cache, found = GrowingCache(config=model.config), []
         model(ids[:, :10], past_key_values=cache)
-        for i in (10, 11):
-            step = {"input_ids": ids[:, i : i + 1], "past_key_values": cache}
+        for i in (10, 10 + T):
+            step = {"input_ids": ids[:, i : i + T], "past_key_values": cache}
             if recorded:
                 for layer in cache.layers:
-                    layer.make_room(1)
+                    layer.make_room(T)
                 with cache.cursor_at(torch.full((1,), i, device=DEVICE)):
-                    found.append(model(position_ids=ids.new_full((B, 1), i), **step).logits)
+                    positions = torch.arange(i, i + T, device=DEVICE).expand(B, -1)
+                    found.append(model(position_ids=positions, **step).logits)
                 for layer in cache.layers:
-                    layer.advance(1)
+                    layer.advance(T)
             else:
                 found.append(model(**step).logits)
         return torch.cat(found, dim=1), [layer.keys.clone() for layer in cache.layers]

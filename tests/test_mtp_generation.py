@@ -140,7 +140,8 @@ def plain_drafts(model, prefix, count):
     states = model.model(prefix[:, :-1]).last_hidden_state
     for depth in range(1, count + 1):
         embeds = model.model.mtp_embeds(depth, ids[:, depth:])
-        states = model.model.mtp_step(depth, embeds, states, None, torch.arange(states.shape[1]).unsqueeze(0))
+        positions = torch.arange(states.shape[1], device=states.device).unsqueeze(0)
+        states = model.model.mtp_step(depth, embeds, states, None, positions)
         token = model.mtp_head(depth)(states[:, -1]).argmax(-1)
         found.append(int(token))
         ids = torch.cat((ids, token.unsqueeze(0)), dim=1)
