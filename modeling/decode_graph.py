@@ -75,7 +75,7 @@ class Recorded:
 
     def fits(self, model, cache, mask: Tensor | None) -> bool:
         """Whether it was made with these buffers and weights, and with a mask if there is one."""
-        same = self.versions == _versions(cache) and self.weights == _weights(model, self.adapters)
+        same = self.versions == _versions(cache) and self.weights == state_of(model, self.adapters)
         return same and (self.seen is None) == (mask is None)
 
 
@@ -127,7 +127,7 @@ def _renewed(model, input_ids: Tensor, mask: Tensor | None, cache) -> Recorded |
     """A recording for the cache, the weights and the mask as they are now; None if there can be none."""
     settle(model, cache)
     recorded = cache.recorded
-    if recorded is None or recorded.weights != _weights(model, recorded.adapters):
+    if recorded is None or recorded.weights != state_of(model, recorded.adapters):
         reason = _why_not(model, input_ids, mask, cache)
         if reason:
             logger.info(f"Decode steps are not recorded as a CUDA graph: {reason}.")
@@ -199,7 +199,7 @@ def _versions(cache) -> int:
     return sum(layer.version for layer in cache.layers)
 
 
-def _weights(model, adapters: list[nn.Module]) -> tuple:
+def state_of(model, adapters: list[nn.Module]) -> tuple:
     """What shows that the model was moved, or set to compute in another way, since a recording.
 
     Training is not among it: a graph reads weights and factors of adapters where they lie.
@@ -225,6 +225,11 @@ def _hooked(module: nn.Module) -> bool:
 def can_record(device: torch.device) -> bool:
     """Whether CUDA graphs can be recorded on `device` now."""
     return device.type == "cuda" and not (torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing())
+
+
+def recording(x: Tensor) -> bool:
+    """Whether what is computed from `x` is being recorded, not run."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def record(step: Callable[[], tuple[Tensor, Tensor | None]], device: torch.device):
@@ -258,5 +263,5 @@ def _record(model, input_ids: Tensor, mask: Tensor | None, cache: GrowingCache, 
         graph, logits, checksums = record(step, device)
     watch = None if checksums is None else Watch(checksums)
     adapters = adapter_layers(model)
-    made_with = _versions(cache), _weights(model, adapters), adapters, times
+    made_with = _versions(cache), state_of(model, adapters), adapters, times
     return Recorded(graph, ids, positions, cursor, seen, logits, checksums, room, *made_with, watch)
