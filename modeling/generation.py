@@ -124,7 +124,7 @@ class LamoeGenerationMixin:
 
     def generate_batch(
         self, inputs, generation_config=None, continuous_batching_config=None, record_timestamps=False,
-        progress_bar=False, persistent_manager=False, **kwargs,
+        progress_bar=False, persistent_manager=False, warmup=True, **kwargs,
     ):  # fmt: skip
         """Transformers' `generate_batch`, prepared for as many requests at once as there are and not for 1,024."""
         settings = self._batching_settings(generation_config, continuous_batching_config)
@@ -132,7 +132,7 @@ class LamoeGenerationMixin:
             sequences = (generation_config or self.generation_config).num_return_sequences or 1
             settings.max_requests_per_batch = min(len(inputs) * sequences, MOST_REQUESTS)
         return super().generate_batch(
-            inputs, generation_config, settings, record_timestamps, progress_bar, persistent_manager, **kwargs
+            inputs, generation_config, settings, record_timestamps, progress_bar, persistent_manager, warmup, **kwargs
         )
 
     def init_continuous_batching(self, generation_config=None, continuous_batching_config=None, workload_hints=None):

@@ -249,8 +249,9 @@ def test_gpu_definition(H, T, dtype):
 def test_gpu_widths_and_caches(H, C, R):
     step = Step(H, 5, 2, C, R, 900, torch.bfloat16)
     assert_within_budget(step.run(batch_invariant=True), step)
-    for page in (1, 16, 64):
+    for page in (1, 16, 64, 256):
         assert_within_budget(step.pages(page), step)
+    assert_within_budget(step.pages(256, room=508), step)
     assert_within_budget(step.pages(1, flat=True), step)
     seen = Step(H, 5, 2, C, R, 900, torch.bfloat16, seen=True)
     assert_within_budget(seen.run(), seen)
