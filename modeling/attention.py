@@ -23,6 +23,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from .attention_choice import sdpa_attention
 from .cache import GrowingCache, GrowingLayer
+from .pages import PagedStep, layer_slots, paged_step
 from .precision import KeepsFloat32
 from .prefill import Prompt, attention_by_heads
 from .projections import effective_weight, uncomputable_weight
@@ -208,17 +209,14 @@ class DecodeView(NamedTuple):
     if there are none.
     growing: the cache's layers are GrowingLayers with room, which a kernel may write itself.
     recorded: such a step, which a CUDA graph records; nobody's hooks are in the model.
-    Of a paged cache: slots, flat, of all keys of one sequence after the other, where each sequence `starts` [B] in
-    them, and the most keys that one has.
+    paged: of a paged cache, where keys lie.
     """
 
     lengths: Tensor
     seen: Tensor | None
     growing: bool = False
     recorded: bool = False
-    slots: Tensor | None = None
-    starts: Tensor | None = None
-    longest: int = 0
+    paged: PagedStep | None = None
 
 
 def kernel_refusal(config, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -231,6 +229,21 @@ def kernel_refusal(config, dtype: torch.dtype, device: torch.device) -> str | No
     return refusal(reason) if reason else None
 
 
+def kernel_decodes(config, x: Tensor, form: str) -> bool:
+    """Whether decode steps of x's dtype and device, in this form, are the Triton kernel's.
+
+    Raises:
+        ValueError: config.mla_implementation is "triton" and the kernel does not run here; the message says why.
+    """
+    implementation = config.mla_implementation
+    if implementation == "eager" or form == "expanded" or (implementation == "auto" and not x.is_cuda):
+        return False
+    reason = kernel_refusal(config, x.dtype, x.device)
+    if reason and implementation == "triton":
+        raise ValueError(reason)
+    return reason is None
+
+
 def decode_view(config, x_BTD: Tensor, mask: Tensor | None, past, form: str | None, kwargs: dict) -> DecodeView | None:
     """The view of this step if the Triton kernel runs it, else None.
 
@@ -239,27 +252,21 @@ def decode_view(config, x_BTD: Tensor, mask: Tensor | None, past, form: str | No
         past: the cache before the step; None without one, or with a paged one in `kwargs`.
 
     Raises:
-        ValueError: config.mla_implementation is "triton" and the kernel does not run here; the message says why.
+        ValueError: as `kernel_decodes` does.
     """
-    form, implementation, pages = form or config.mla_form, config.mla_implementation, kwargs.get("cache")
-    if implementation == "eager" or form == "expanded" or (past is None and pages is None) or torch.is_grad_enabled():
-        return None
-    if implementation == "auto" and not x_BTD.is_cuda:
+    form, pages = form or config.mla_form, kwargs.get("cache")
+    if (past is None and pages is None) or torch.is_grad_enabled() or not kernel_decodes(config, x_BTD, form):
         return None
     B, T, _ = x_BTD.shape
-    reason = kernel_refusal(config, x_BTD.dtype, x_BTD.device)
-    if reason:
-        if implementation == "triton":
-            raise ValueError(reason)
-        return None
-    from .kernels_attention import MOST_TOKENS
-
     if kwargs.get("output_attentions", config.output_attentions):
         return None
     if pages is not None:
-        return _paged_view(kwargs, T)
+        step = paged_step(kwargs, T)
+        return step and DecodeView(step[0], None, paged=step[1])
     if kwargs.get("is_causal") is False:
         return None
+    from .kernels_attention import MOST_TOKENS
+
     if min(MOST_TOKENS, config.absorb_limit) < T or not isinstance(mask, Tensor | None):
         return None
     cached = past.get_seq_length()
@@ -280,18 +287,6 @@ def decode_view(config, x_BTD: Tensor, mask: Tensor | None, past, form: str | No
         recorded = growing and past.cursor is not None
         return DecodeView((cached + T).to(torch.int32).repeat(B), seen, growing, recorded)
     return DecodeView(torch.full((B,), cached + T, dtype=torch.int32, device=x_BTD.device), seen, growing)
-
-
-def _paged_view(kwargs: dict, T: int) -> DecodeView | None:
-    """Of a batch in which every request has one new token; Transformers' manager says so by `max_length_q`."""
-    slots, ends, longest = kwargs.get("read_index"), kwargs.get("cu_seq_lens_k"), kwargs.get("max_length_k")
-    if kwargs.get("max_length_q") != 1 or kwargs.get("block_table") is not None or not slots or len(slots) != 1:
-        return None
-    ends, longest = ends["full_attention"], longest["full_attention"]
-    if len(ends) != T + 1 or not slots[0].numel():
-        return None
-    lengths = (ends[1:] - ends[:-1]).to(torch.int32)
-    return DecodeView(lengths, None, slots=slots[0], starts=ends[:-1], longest=longest)
 
 
 class LamoeAttention(nn.Module):
@@ -350,8 +345,8 @@ class LamoeAttention(nn.Module):
         queries = self._queries(hidden_states)
         q_BHTP, q_BHTR = queries.split(self.query_widths, dim=-1)
         latents = self.kv_a_proj_with_mqa(hidden_states)
-        if view is not None and view.growing:
-            written = self._write(latents, q_BHTR, position_embeddings, past_key_values.layers[self.layer_idx], view)
+        if view is not None and (view.growing or view.paged):
+            written = self._write(latents, q_BHTR, position_embeddings, past_key_values, view, kwargs.get("cache"))
             return self.o_proj(self._decode(q_BHTP, *written, view)), None
         c, k = latents.split(self.latent_widths, dim=-1)
         if past_key_values is None and "cache" not in kwargs and self._trains_fused(queries, mla_form):
@@ -362,9 +357,6 @@ class LamoeAttention(nn.Module):
         q_BHTR, k = rotate_pairs(both, *position_embeddings, self.config.rope_interleave).tensor_split([-1], dim=1)
 
         pages = kwargs.pop("cache", None)
-        if pages is not None and view is not None:
-            first, second = self._write_pages(c, k, pages, kwargs)
-            return self.o_proj(self._decode(q_BHTP, q_BHTR.transpose(0, 1), first, second, view, paged=True)), None
         if pages is not None:
             c, k = self._update_pages(c, k, pages, kwargs)
         elif past_key_values is not None:
@@ -396,15 +388,6 @@ class LamoeAttention(nn.Module):
         c0, k0, c1, k1, _ = latent.split(self._half_widths(latent.shape[-1]), dim=-1)
         return torch.cat((c0, c1), dim=-1), torch.cat((k0, k1), dim=-1)
 
-    def _write_pages(self, c: Tensor, k: Tensor, pages, kwargs) -> tuple[Tensor, Tensor]:
-        """Write c and k [1, 1, N, ...] without reading anything back: key slots and value slots [slots, ...]."""
-        allocator = pages.layer_to_allocator[self.layer_idx]
-        written = kwargs["write_index"][allocator.index]
-        slots = [cache.flatten(0, 1).squeeze(1) for cache in allocator.get_cache_for_block_table(self.layer_idx)]
-        for cache, half in zip(slots, self._halves(c, k), strict=True):
-            cache.index_copy_(0, written, half[0, 0])
-        return slots[0], slots[1]
-
     def _halves(self, c: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         (c0, c1), (k0, k1) = (x.split((x.shape[-1] // 2, x.shape[-1] - x.shape[-1] // 2), dim=-1) for x in (c, k))
         latent = torch.cat((c0, k0, c1, k1), dim=-1)
@@ -415,20 +398,21 @@ class LamoeAttention(nn.Module):
         C, R = self.latent_widths
         return [C // 2, R // 2, C - C // 2, R - R // 2, total - C - R]
 
-    def _write(self, latents, q_BHTR, position_embeddings, layer, view: DecodeView) -> tuple[Tensor, Tensor, Tensor]:
-        """Write to a GrowingLayer in place: rotated queries [H, B, T, R], and its latents and keys [B, S, ...]."""
-        from .kernels_step import write_latents
+    def _write(self, latents, q_BHTR, position_embeddings, past, view, pages) -> tuple[Tensor, Tensor, Tensor]:
+        """Write to the cache in place: rotated queries [H, B, T, R], and latents and keys as `_decode` takes them."""
+        from .kernels_step import write_latents, write_pages
 
-        c, k = layer.begin_write(latents.shape[1])
-        norm = self.kv_a_layernorm
-        r_HBTR, _ = write_latents(
-            latents, norm.weight, norm.variance_epsilon, q_BHTR, *position_embeddings, view.lengths, c, k,
-            self.config.rope_interleave,
-        )  # fmt: skip
+        norm, interleaved = self.kv_a_layernorm, self.config.rope_interleave
+        new = latents, norm.weight, norm.variance_epsilon, q_BHTR, *position_embeddings
+        if view.paged:
+            slots = layer_slots(pages, self.layer_idx)
+            return write_pages(*new, view.paged.written, *slots, interleaved), *slots
+        c, k = past.layers[self.layer_idx].begin_write(latents.shape[1])
+        r_HBTR, _ = write_latents(*new, view.lengths, c, k, interleaved)
         return r_HBTR, c, k
 
-    def _decode(self, q_BHTP: Tensor, r_HBTR: Tensor, c: Tensor, k: Tensor, view: DecodeView, paged=False) -> Tensor:
-        """[B, T, H V] by the Triton kernel. c, k: latents and rotated keys [B, S, ...]; or a paged cache's two slots.
+    def _decode(self, q_BHTP: Tensor, r_HBTR: Tensor, c: Tensor, k: Tensor, view: DecodeView) -> Tensor:
+        """[B, T, H V] by the Triton kernel. c, k: latents and rotated keys [B, S, ...]; or `layer_slots`.
 
         Heads come first, so that W_UK and W_UV, strided views of kv_b_proj's weight, are read in place.
         """
@@ -439,10 +423,10 @@ class LamoeAttention(nn.Module):
         up_key_HPC, up_value_HVC = weight.split(self.expanded_widths, dim=1)
         rows_HXP = q_BHTP.transpose(0, 1).reshape(H, B * T, -1)
         q_HBTC = torch.bmm(rows_HXP, up_key_HPC).view(H, B, T, -1)
-        if paged:  # one row of requests, each with one token
-            q_HBTC, r_HBTR = q_HBTC.transpose(1, 2), r_HBTR.transpose(1, 2)
+        if view.paged:  # one row of requests, each with one token
+            q_HBTC, r_HBTR, at = q_HBTC.transpose(1, 2), r_HBTR.transpose(1, 2), view.paged
             out, _ = latent_decode_pages(
-                q_HBTC, r_HBTR, c, k, view.slots, 1, view.lengths, starts_B=view.starts, longest=view.longest,
+                q_HBTC, r_HBTR, c, k, at.slots, at.page, view.lengths, starts_B=at.starts, longest=at.longest,
                 scaling=self.scaling,
             )  # fmt: skip
         else:

@@ -77,7 +77,7 @@ class Recorded:
 
     def fits(self, model, cache, ids: Tensor, mask: Tensor | None) -> bool:
         """Whether it was made with these buffers and weights, for as many tokens, and with a mask if there is one."""
-        same = self.versions == _versions(cache) and self.weights == _weights(model, self.adapters)
+        same = self.versions == _versions(cache) and self.weights == state_of(model, self.adapters)
         return same and self.inputs[0].shape == ids.shape and (self.seen is None) == (mask is None)
 
 
@@ -173,7 +173,7 @@ def _renewed(model, run, inputs: tuple[Tensor, ...], mask: Tensor | None, cache,
     """A recording for the cache, the weights and the mask as they are now; None if there can be none."""
     settle(model, cache)
     recorded, ids = cache.recorded, inputs[0]
-    if recorded is None or recorded.weights != _weights(model, recorded.adapters):
+    if recorded is None or recorded.weights != state_of(model, recorded.adapters):
         reason = _why_not(model, ids, mask, cache, depth)
         if reason:
             logger.info(f"Decode steps are not recorded as a CUDA graph: {reason}.")
@@ -250,7 +250,7 @@ def _versions(cache) -> int:
     return sum(layer.version for layer in cache.layers)
 
 
-def _weights(model, adapters: list[nn.Module]) -> tuple:
+def state_of(model, adapters: list[nn.Module]) -> tuple:
     """What shows that the model was moved, or set to compute in another way, since a recording.
 
     Training is not among it: a graph reads weights and factors of adapters where they lie. Modules are found without
@@ -280,6 +280,11 @@ def _hooked(module: nn.Module) -> bool:
 def can_record(device: torch.device) -> bool:
     """Whether CUDA graphs can be recorded on `device` now."""
     return device.type == "cuda" and not (torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing())
+
+
+def recording(x: Tensor) -> bool:
+    """Whether what is computed from `x` is being recorded, not run."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def record(step: Callable[[], tuple[Tensor | None, ...]], device: torch.device):
@@ -312,5 +317,5 @@ def _record(model, run, inputs, mask: Tensor | None, cache: GrowingCache, depth:
     graph, *outputs, checksums = record(step, device)
     watch = None if checksums is None else Watch(checksums)
     adapters = adapter_layers(model)
-    made_with = _versions(cache), _weights(model, adapters), adapters, times
+    made_with = _versions(cache), state_of(model, adapters), adapters, times
     return Recorded(graph, own, cursor, seen, tuple(outputs), checksums, room, *made_with, watch)

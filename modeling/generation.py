@@ -2,7 +2,6 @@
 
 import copy
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import torch
 from transformers.cache_utils import DynamicCache, StaticCache, StaticLayer
@@ -13,18 +12,8 @@ from .decode_graph import never_recorded, settle
 from .mtp_generation import Speculation, speculate
 
 _ONE_TOKEN = {"position_ids", "use_cache", "logits_to_keep"}
+MOST_REQUESTS = 1024  # of a batch, Transformers' own bound
 MANY_ROWS = 20  # chosen experts a step, from which copying their weights costs more than grouped_mm's launches
-
-
-def paged_view(config):
-    """A copy of `config` from which the paged cache sizes its slots: one key-value head of width ceil((C + R) / 2).
-
-    A token's key slot and value slot then hold the two halves of its latent [c; k], and nothing else.
-    """
-    view = copy.copy(config)
-    view.num_key_value_heads = 1
-    view.qk_rope_head_dim = -(-(config.kv_lora_rank + config.qk_rope_head_dim) // 2)  # read as head_dim
-    return view
 
 
 class LamoeGenerationMixin:
@@ -135,30 +124,37 @@ class LamoeGenerationMixin:
         settle(self, kwargs.get("past_key_values"))
         return answer
 
+    def generate_batch(
+        self, inputs, generation_config=None, continuous_batching_config=None, record_timestamps=False,
+        progress_bar=False, persistent_manager=False, warmup=True, **kwargs,
+    ):  # fmt: skip
+        """Transformers' `generate_batch`, prepared for as many requests at once as there are and not for 1,024."""
+        settings = self._batching_settings(generation_config, continuous_batching_config)
+        if settings.max_requests_per_batch is None and inputs and not persistent_manager:
+            sequences = (generation_config or self.generation_config).num_return_sequences or 1
+            settings.max_requests_per_batch = min(len(inputs) * sequences, MOST_REQUESTS)
+        return super().generate_batch(
+            inputs, generation_config, settings, record_timestamps, progress_bar, persistent_manager, warmup, **kwargs
+        )
+
     def init_continuous_batching(self, generation_config=None, continuous_batching_config=None, workload_hints=None):
-        """Transformers' manager, with pages as wide as the latent and without the flash kernels' own page tables.
+        """Transformers' manager, with pages of latents, which the decode kernel reads by their block tables.
 
-        Flash attention is used only if it was chosen by name: over latents it would expand every context.
+        Decode-only batches are recorded as CUDA graphs where steps of `generate` could be. Flash attention is used
+        only if it was chosen by name: over latents it would expand every context.
         """
-        if continuous_batching_config is None:  # older callers put it into the generation configuration
-            generation = generation_config or self.generation_config
-            continuous_batching_config = getattr(generation, "continuous_batching_config", None)
-        known = isinstance(continuous_batching_config, ContinuousBatchingConfig)
-        settings = copy.copy(continuous_batching_config) if known else ContinuousBatchingConfig()
+        from .continuous import use_latent_pages
+
+        asked = self._batching_settings(generation_config, continuous_batching_config)
+        settings = copy.copy(asked)
         settings.auto_switch_to_flash = False
-        settings.max_blocks_per_request = 0  # block tables are read and written by flash kernels alone
+        settings.max_blocks_per_request = 0  # Transformers looks for flash kernels, which tables are not for here
         manager = super().init_continuous_batching(generation_config, settings, workload_hints)
-        create = type(manager)._create_batch_processor
-
-        def create_with_latent_pages():
-            sizes = {"device": self.device, "dtype": self.dtype}
-            manager.model = SimpleNamespace(
-                config=paged_view(self.config), _supports_logits_to_keep=self._supports_logits_to_keep, **sizes
-            )
-            try:
-                return create(manager)
-            finally:
-                manager.model = self
-
-        manager._create_batch_processor = create_with_latent_pages
+        use_latent_pages(self, manager, asked)
         return manager
+
+    def _batching_settings(self, generation_config, settings) -> ContinuousBatchingConfig:
+        """A copy of the settings that were given, or the default ones."""
+        if settings is None:  # older callers put it into the generation configuration
+            settings = getattr(generation_config or self.generation_config, "continuous_batching_config", None)
+        return copy.copy(settings) if isinstance(settings, ContinuousBatchingConfig) else ContinuousBatchingConfig()

@@ -156,24 +156,28 @@ def _(x_ND, weight, residual):
 
 
 @triton.jit
-def _turn(pairs, other: tl.constexpr, cos, sin, to, half: tl.constexpr, mask):
-    """Rotate pairs, whose second numbers lie `other` further, to first halves and, `half` further, second ones."""
+def _turn(pairs, other: tl.constexpr, cos, sin, to0, to1, mask):
+    """Rotate pairs, whose second numbers lie `other` further, to their first halves and to their second ones."""
     first = tl.load(pairs, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(pairs + other, mask=mask, other=0.0).to(tl.float32)
-    tl.store(to, (first * cos - second * sin).to(to.dtype.element_ty), mask=mask)
-    tl.store(to + half, (second * cos + first * sin).to(to.dtype.element_ty), mask=mask)
+    tl.store(to0, (first * cos - second * sin).to(to0.dtype.element_ty), mask=mask)
+    tl.store(to1, (second * cos + first * sin).to(to1.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["room", "T"])
 def _write_kernel(
-    kv_ptr, norm_ptr, q_ptr, plain_ptr, up_ptr, cos_ptr, sin_ptr, lengths_ptr, c_ptr, k_ptr, r_ptr, absorbed_ptr, eps,
-    room, B, T, s_kv_b, s_kv_t, sq_b, sq_t, sq_h, sp_b, sp_t, sp_h, s_up, s_cos_b, s_cos_t,
+    kv_ptr, norm_ptr, q_ptr, plain_ptr, up_ptr, cos_ptr, sin_ptr, at_ptr, c0_ptr, c1_ptr, k0_ptr, k1_ptr, r_ptr,
+    absorbed_ptr, eps, room, B, T, s_kv_b, s_kv_t, sq_b, sq_t, sq_h, sp_b, sp_t, sp_h, s_up, s_cos_b, s_cos_t, s_c,
+    s_k,
     H: tl.constexpr, C: tl.constexpr, R: tl.constexpr, P: tl.constexpr, INTERLEAVED: tl.constexpr,
-    HEADS: tl.constexpr, TURNS: tl.constexpr, CP: tl.constexpr, PAIRS: tl.constexpr, PP: tl.constexpr,
-    COLUMNS: tl.constexpr, PDL: tl.constexpr,
+    SLOTS: tl.constexpr, HEADS: tl.constexpr, TURNS: tl.constexpr, CP: tl.constexpr, PAIRS: tl.constexpr,
+    PP: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Of one token: program 0 norms the latent, rotates the key and writes both; the next TURNS rotate HEADS queries
-    each; the others, if P > 0, take COLUMNS of a head's plain query [P] times its up-projection [P, C]."""
+    each; the others, if P > 0, take COLUMNS of a head's plain query [P] times its up-projection [P, C].
+
+    at: lengths [B] of sequences with `room` slots each; if SLOTS the slot of each token, negative for none.
+    """
     token = tl.program_id(0)
     b = token // T
     t = token % T
@@ -199,19 +203,28 @@ def _write_kernel(
         cos = tl.load(cos_ptr + b * s_cos_b + t * s_cos_t + i, mask=real, other=0.0).to(tl.float32)
         sin = tl.load(sin_ptr + b * s_cos_b + t * s_cos_t + i, mask=real, other=0.0).to(tl.float32)
         if tl.program_id(1) == 0:
-            slot = b.to(tl.int64) * room + tl.load(lengths_ptr + b) - T + t
-            row = kv_ptr + b.to(tl.int64) * s_kv_b + t * s_kv_t
-            column = tl.arange(0, CP)
-            latent = tl.load(row + column, mask=column < C, other=0.0).to(tl.float32)
-            latent *= tl.rsqrt(tl.sum(latent * latent, axis=0) / C + eps)
-            latent *= tl.load(norm_ptr + column, mask=column < C, other=0.0).to(tl.float32)
-            tl.store(c_ptr + slot * C + column, latent.to(c_ptr.dtype.element_ty), mask=column < C)
-            _turn(row + C + step * i, other, cos, sin, k_ptr + slot * R + i, half, real)
+            if SLOTS:
+                slot = tl.load(at_ptr + token).to(tl.int64)
+            else:
+                slot = b.to(tl.int64) * room + tl.load(at_ptr + b) - T + t
+            if slot >= 0:
+                row = kv_ptr + b.to(tl.int64) * s_kv_b + t * s_kv_t
+                column = tl.arange(0, CP)
+                latent = tl.load(row + column, mask=column < C, other=0.0).to(tl.float32)
+                latent *= tl.rsqrt(tl.sum(latent * latent, axis=0) / C + eps)
+                latent *= tl.load(norm_ptr + column, mask=column < C, other=0.0).to(tl.float32)
+                latent = latent.to(c0_ptr.dtype.element_ty)
+                tl.store(c0_ptr + slot * s_c + column, latent, mask=column < C // 2)
+                behind = column - C // 2
+                tl.store(c1_ptr + slot * s_c + behind, latent, mask=(behind >= 0) & (column < C))
+                key = slot * s_k + i
+                _turn(row + C + step * i, other, cos, sin, k0_ptr + key, k1_ptr + key, real)
         else:
             heads = (tl.program_id(1) - 1) * HEADS + tl.arange(0, HEADS)
             pairs = q_ptr + (b.to(tl.int64) * sq_b + t * sq_t + heads * sq_h)[:, None] + step * i[None, :]
             turned = r_ptr + ((heads * B + b).to(tl.int64) * T + t)[:, None] * R + i[None, :]
-            _turn(pairs, other, cos[None, :], sin[None, :], turned, half, (heads < H)[:, None] & real[None, :])
+            inside = (heads < H)[:, None] & real[None, :]
+            _turn(pairs, other, cos[None, :], sin[None, :], turned, turned + half, inside)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::write_latents", mutates_args=("c", "k"))
@@ -235,6 +248,12 @@ def write_latents(
     Returns:
         the rotated queries [H, B, T, R], and the latent ones [H, B, T, C] or, without `up_key`, [0]; contiguous.
     """
+    halves = (*c.tensor_split(2, dim=-1), *k.tensor_split(2, dim=-1))
+    return _launch_write(kv, norm, eps, q, cos, sin, lengths, halves, c.shape[1], interleaved, plain, up_key)
+
+
+def _launch_write(kv, norm, eps, q, cos, sin, at, halves, room, interleaved, plain, up_key) -> tuple[Tensor, Tensor]:
+    """halves: of latents and of keys, the numbers of a slot side by side; `at` are slots if there is no `room`."""
     B, H, T, R = q.shape
     C = norm.shape[0]
     r = q.new_empty((H, B, T, R))
@@ -245,13 +264,13 @@ def write_latents(
     if B * T:
         with torch.cuda.device_of(q):
             _write_kernel[(B * T, 1 + turns + (H * (C // columns) if P else 0))](
-                kv, norm, q, plain, up_key, cos, sin, lengths, c, k, r, absorbed, eps, c.shape[1], B, T,
+                kv, norm, q, plain, up_key, cos, sin, at, *halves, r, absorbed, eps, room or 0, B, T,
                 *kv.stride()[:2], q.stride(0), q.stride(2), q.stride(1),
                 *((plain.stride(0), plain.stride(2), plain.stride(1), up_key.stride(0)) if P else (0, 0, 0, 0)),
-                0 if len(cos) == 1 else cos.stride(0), cos.stride(1),
-                H=H, C=C, R=R, P=P, INTERLEAVED=interleaved, HEADS=heads, TURNS=turns, CP=triton.next_power_of_2(C),
-                PAIRS=max(1, triton.next_power_of_2(R // 2)), PP=triton.next_power_of_2(max(P, 1)), COLUMNS=columns,
-                num_warps=4, **overlapping(q),
+                0 if len(cos) == 1 else cos.stride(0), cos.stride(1), halves[0].stride(-2), halves[2].stride(-2),
+                H=H, C=C, R=R, P=P, INTERLEAVED=interleaved, SLOTS=room is None, HEADS=heads, TURNS=turns,
+                CP=triton.next_power_of_2(C), PAIRS=max(1, triton.next_power_of_2(R // 2)),
+                PP=triton.next_power_of_2(max(P, 1)), COLUMNS=columns, num_warps=4, **overlapping(q),
             )  # fmt: skip
     return r, absorbed
 
@@ -260,6 +279,28 @@ def write_latents(
 def _(kv, norm, eps, q, cos, sin, lengths, c, k, interleaved, plain=None, up_key=None):
     B, H, T, R = q.shape
     return q.new_empty((H, B, T, R)), q.new_empty(0 if up_key is None else (H, B, T, len(norm)))
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::write_pages", mutates_args=("first", "second"))
+def write_pages(
+    kv: Tensor, norm: Tensor, eps: float, q: Tensor, cos: Tensor, sin: Tensor, written: Tensor, first: Tensor,
+    second: Tensor, interleaved: bool,
+) -> Tensor:  # fmt: skip
+    """`write_latents` to the slots of a paged cache: rotated queries [H, B, T, R].
+
+    Args:
+        written: [B * T] int64, the slot of each new token; of a negative one nothing is written.
+        first, second: [slots, C/2 + R/2], as kernels_attention.latent_decode_pages reads them; written.
+    """
+    half = norm.shape[0] // 2
+    halves = (first[:, :half], second[:, :half], first[:, half:], second[:, half:])
+    return _launch_write(kv, norm, eps, q, cos, sin, written, halves, None, interleaved, None, None)[0]
+
+
+@write_pages.register_fake
+def _(kv, norm, eps, q, cos, sin, written, first, second, interleaved):
+    B, H, T, R = q.shape
+    return q.new_empty((H, B, T, R))
 
 
 @triton.jit(do_not_specialize=["splits"])

@@ -31,7 +31,7 @@ from .attention_choice import find_documents
 from .cache import GrowingCache
 from .configuration_lamoe import LamoeConfig
 from .correction import move_biases, summed_over_ranks
-from .decode_graph import replayed_step
+from .decode_graph import recording, replayed_step
 from .decode_step import few_tokens_layer, fuses
 from .experts import default_implementation
 from .generation import LamoeGenerationMixin
@@ -39,6 +39,7 @@ from .losses import RunningLoad, next_token_loss, router_losses
 from .moe import LamoeExperts, LamoeMLP, LamoeMoE, LamoeTopkRouter, Routing
 from .mtp import MTPHeadMixin, MTPLayerMixin, MTPModelMixin
 from .mtp_checkpoint import fit_to_checkpoint, with_copies
+from .pages import batch_mask, listed
 from .prefill import feed_by_tokens, prompt_view, tokens_at_once
 from .projections import uncomputable_weight, unreadable_weight
 from .replay import LamoeCausalLMOutput, LamoeModelOutput, routings, stacked
@@ -312,6 +313,9 @@ class LamoeModel(MTPModelMixin, LamoePreTrainedModel):
         view = decode_view(self.config, inputs_embeds, attention_mask, past_key_values, mla_form, kwargs)
         if view is not None and not self.decodes(inputs_embeds):
             view = None
+        if view is None and kwargs.get("cache") is not None:
+            kwargs = listed(kwargs)
+            attention_mask = batch_mask(self.config, inputs_embeds, attention_mask, kwargs)
         prompt = None
         if view is None:
             prompt = prompt_view(
@@ -358,7 +362,7 @@ class LamoeModel(MTPModelMixin, LamoePreTrainedModel):
         if self.config.router_nonfinite == "raise" and not torch.compiler.is_compiling():
             self.forwards_in_training += self.training
             recorded = view is not None and view.recorded  # whoever records looks at the checksums
-            if not recorded and not (hidden_states.is_cuda and torch.cuda.is_current_stream_capturing()):
+            if not recorded and not recording(hidden_states):
                 checksums = self.checksums()
                 if checksums is not None:
                     self.refuse_nonfinite(checksums)

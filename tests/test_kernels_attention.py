@@ -42,8 +42,11 @@ class Step:
         parts = self.q[:, rows], self.r[:, rows], self.c[rows, :n], self.k[rows, :n], self.lengths[rows]
         return latent_decode(*parts, seen, scaling=SCALING, **options)
 
-    def pages(self, page: int, flat: bool = False, **options):
-        """The same from a paged cache, in permuted pages; with page 1 also from flat lists of slots."""
+    def pages(self, page: int, flat: bool = False, room: int = 0, **options):
+        """The same from a paged cache, in permuted pages; with page 1 also from flat lists of slots.
+
+        room: pages that the table has besides, -1 as all that are not used.
+        """
         (B, S, C), R = self.c.shape, self.k.shape[2]
         count = -(-S // page)
         table = torch.randperm(B * count, generator=torch.Generator().manual_seed(1)).to(DEVICE).view(B, count)
@@ -52,7 +55,9 @@ class Step:
             slots = table[b, torch.arange(n, device=DEVICE) // page] * page + torch.arange(n, device=DEVICE) % page
             for half, c, k in zip(halves, self.c[b, :n].chunk(2, -1), self.k[b, :n].chunk(2, -1), strict=True):
                 half[slots] = torch.cat((c, k), dim=-1)
-            table[b, -(-n // page) :] = 2**30  # never to be followed
+            table[b, -(-n // page) :] = -1 if room else 2**30  # never to be followed
+        if room:
+            table = torch.nn.functional.pad(table, (0, room), value=-1).int()
         if flat:
             starts = torch.cat((self.lengths.new_zeros(1), self.lengths.cumsum(0)))[:-1]
             table = torch.cat([row[:n] for row, n in zip(table, self.lengths.tolist(), strict=True)])
@@ -112,6 +117,17 @@ def test_definition(shape, seen):
 def test_pages(shape, page):
     step = Step(*shape)
     assert_within_budget(step.pages(page), step)
+
+
+@pytest.mark.parametrize("page", [5, 64])
+def test_the_table_of_a_padded_batch(page):
+    """As continuous batching has it: -1 behind a request's pages and in rows of no request, room for far more."""
+    step = Step(16, 5, 1, 32, 16, 150)
+    step.lengths[3:] = 0
+    (out, lse), full = step.pages(page, room=40), step.pages(page)
+    assert_within_budget((out, lse), step)
+    assert not out[:, 3:].any() and (lse[:, 3:] == float("-inf")).all()
+    torch.testing.assert_close(out, full[0], rtol=1e-5, atol=1e-5)  # in other splits
 
 
 def test_flat_lists_of_slots():
@@ -233,8 +249,9 @@ def test_gpu_definition(H, T, dtype):
 def test_gpu_widths_and_caches(H, C, R):
     step = Step(H, 5, 2, C, R, 900, torch.bfloat16)
     assert_within_budget(step.run(batch_invariant=True), step)
-    for page in (1, 16, 64):
+    for page in (1, 16, 64, 256):
         assert_within_budget(step.pages(page), step)
+    assert_within_budget(step.pages(256, room=508), step)
     assert_within_budget(step.pages(1, flat=True), step)
     seen = Step(H, 5, 2, C, R, 900, torch.bfloat16, seen=True)
     assert_within_budget(seen.run(), seen)

@@ -222,6 +222,9 @@ def compile_all(name: str):
         up = torch.empty(H, 128, 512, dtype=dtype)
         for interleaved, absorbs in ((True, (q[..., :1].expand(-1, -1, -1, 128), up)), (False, (None, None))):
             step.write_latents(kv, norm[:512], 1e-6, q, angles, angles, lengths, *buffers, interleaved, *absorbs)
+        slots = torch.empty(S, 288, dtype=dtype)
+        written = torch.zeros(B, dtype=torch.int64), slots, slots, True
+        step.write_pages(kv.transpose(0, 1), norm[:512], 1e-6, q.permute(2, 1, 0, 3), angles, angles, *written)
         latent = torch.empty(H, B, 1, 512, dtype=dtype)
         for count in (B, 200) if every else ():  # with and without splits
             c, k = torch.empty(count, S, 512, dtype=dtype), torch.empty(count, S, 64, dtype=dtype)
@@ -240,6 +243,7 @@ def compile_all(name: str):
     decode(torch.bfloat16, 24, 200)
     decode(torch.bfloat16, 16, 8, page=64)
     decode(torch.bfloat16, 64, 8, page=64)
+    decode(torch.bfloat16, 16, 64, page=256)
     decode(torch.bfloat16, 16, 1, T=8, C=128, R=0)
 
     loss, heads = modules["kernels_loss"], modules["kernels_heads"]

@@ -86,6 +86,28 @@ def test_write_latents(P, R, interleaved, T, one_position):
                 assert part[b, : last - T].isnan().all() and part[b, last:].isnan().all()
 
 
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("R", [0, 8, 20])
+def test_write_pages(R, interleaved):
+    """To the slots that are named, in halves; a token without one gets its queries, and is written nowhere."""
+    N, H, C, slots = 5, 19, 32, 12
+    kv, q = random(1, N, C + R + 3)[..., : C + R], random(1, N, H, R + 6, seed=1).transpose(1, 2)[..., 6:]
+    cos, sin = (random(1, N, R // 2, seed=3 + i) for i in range(2))
+    layer = LamoeRMSNorm(C, EPS).to(DEVICE)
+    layer.weight.data = random(C, seed=5)
+    written = torch.tensor([5, 0, -1, 8, -1], device=DEVICE)
+    rows = torch.full((slots, (C + R) // 2), float("nan"), device=DEVICE)
+    first, second = rows[:-2], rows[2:]  # views of one tensor, as a paged cache's
+    expected = rows.clone()
+    r = kernels.write_pages(kv, layer.weight.data, EPS, q, cos, sin, written, first, second, interleaved)
+    turned = rotate_pairs(torch.cat((q, kv[:, None, :, C:]), dim=1), cos, sin, interleaved)
+    torch.testing.assert_close(r, turned[:, :H].transpose(0, 1))
+    latents, keys = layer(kv[0, :, :C]).detach().chunk(2, -1), turned[0, H].chunk(2, -1)
+    for half, c, k in zip((expected[:-2], expected[2:]), latents, keys, strict=True):
+        half[written[written >= 0]] = torch.cat((c, k), dim=-1)[written >= 0]
+    torch.testing.assert_close(rows, expected, equal_nan=True)
+
+
 @pytest.mark.parametrize("V, B, S", [(8, 2, 150), (20, 3, 7)])  # several splits, and one
 def test_decode_values(V, B, S):
     H, T, C, R = 3, 2, 32, 8
@@ -107,6 +129,8 @@ def test_operators():
     written = (kv, random(32), EPS, q, angles, angles, lengths, c, k, True)
     torch.library.opcheck(kernels.write_latents, written)
     torch.library.opcheck(kernels.write_latents, (*written, random(2, 4, 1, 6), random(4, 6, 32)))
+    slots = torch.tensor([3, -1], device=DEVICE), random(6, 24), random(6, 24, seed=1)
+    torch.library.opcheck(kernels.write_pages, (*written[:6], *slots, True))
     latent, turned = random(4, 2, 1, 32), random(4, 2, 1, 16)
     torch.library.opcheck(kernels._decode_values, (latent, turned, c, k, lengths, None, random(4, 8, 32), 0.2))
 
