@@ -10,6 +10,14 @@ from torch.autograd.function import once_differentiable
 
 from .projections import unreadable_weight
 
+try:
+    from .kernels_gated import gated, gated_gradient
+    from .kernels_logits import LEAST_ROWS, router_gradient, router_logits, router_tokens_gradient
+
+    MISSING = False
+except ImportError:
+    MISSING = True  # and none of these is called
+
 
 def trains_eagerly() -> bool:
     """Whether a backward will follow that no compiler plans: a compiler decides itself what to keep."""
@@ -30,17 +38,27 @@ def gated_linear(gate: Tensor, up: Tensor, projection: nn.Module, act_fn, silu: 
     return _GatedLinear.apply(gate, up, projection.weight.to(gate.dtype))  # autocast would cast it just so
 
 
+def _fuses_gate(gate: Tensor, up: Tensor) -> bool:
+    plain = gate.is_contiguous() and up.is_contiguous() and gate.dtype == up.dtype != torch.float64
+    return not MISSING and gate.is_cuda and plain
+
+
 class _GatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up, weight_DF):
         ctx.save_for_backward(gate, up, weight_DF)
-        return F.linear(F.silu(gate) * up, weight_DF)
+        ctx.fused = _fuses_gate(gate, up)
+        product = gated(gate, up) if ctx.fused else F.silu(gate) * up
+        return F.linear(product, weight_DF)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         gate, up, weight_DF = ctx.saved_tensors
         dgate = dup = dweight = None
+        if ctx.fused:
+            dgate, dup, product = gated_gradient(dy @ weight_DF, gate, up)
+            return dgate, dup, dy.flatten(0, -2).mT @ product.flatten(0, -2) if ctx.needs_input_grad[2] else None
         opened = F.silu(gate)
         if ctx.needs_input_grad[2]:
             dweight = dy.flatten(0, -2).mT @ (opened * up).flatten(0, -2)
@@ -57,20 +75,41 @@ def exact_linear(x_ND: Tensor, weight_ED: Tensor) -> Tensor:
     Keeps a half-precision `x_ND` as it is, which others keep too, and not its float32 copy (4 D bytes a token less).
     """
     exact = torch.promote_types(x_ND.dtype, torch.float32)
-    if x_ND.dtype == exact or not trains_eagerly():
-        return F.linear(x_ND.to(exact), weight_ED.to(exact))
-    return _ExactLinear.apply(x_ND, weight_ED.to(exact))
+    weight_ED = weight_ED.to(exact)
+    if x_ND.dtype == exact or torch.compiler.is_compiling():
+        return F.linear(x_ND.to(exact), weight_ED)
+    if not torch.is_grad_enabled():
+        return _exact_product(x_ND, weight_ED, _on_tensor_cores(x_ND, weight_ED))
+    return _ExactLinear.apply(x_ND, weight_ED)
+
+
+def _on_tensor_cores(x_ND: Tensor, weight_ED: Tensor) -> bool:
+    """Whether the kernels have the product: bfloat16 alone has float32's range, which a weight's parts need."""
+    if MISSING or not x_ND.is_cuda or len(x_ND) < LEAST_ROWS:
+        return False
+    plain = {type(x_ND), type(weight_ED)} <= {Tensor, nn.Parameter} and x_ND.stride(-1) == 1
+    return plain and x_ND.dtype == torch.bfloat16 and weight_ED.dtype == torch.float32 and weight_ED.is_contiguous()
+
+
+def _exact_product(x_ND: Tensor, weight_ED: Tensor, fused: bool) -> Tensor:
+    return router_logits(x_ND, weight_ED) if fused else F.linear(x_ND.to(weight_ED.dtype), weight_ED)
 
 
 class _ExactLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_ND, weight_ED):
         ctx.save_for_backward(x_ND, weight_ED)
-        return F.linear(x_ND.to(weight_ED.dtype), weight_ED)
+        ctx.fused = _on_tensor_cores(x_ND, weight_ED)
+        return _exact_product(x_ND, weight_ED, ctx.fused)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_NE):
         x_ND, weight_ED = ctx.saved_tensors
-        dx = (dy_NE @ weight_ED).to(x_ND.dtype) if ctx.needs_input_grad[0] else None
-        return dx, dy_NE.mT @ x_ND.to(weight_ED.dtype) if ctx.needs_input_grad[1] else None
+        of_tokens, of_weight = ctx.needs_input_grad
+        if ctx.fused:
+            dy_NE = dy_NE.contiguous()
+            dx = router_tokens_gradient(dy_NE, weight_ED, x_ND) if of_tokens else None
+            return dx, router_gradient(dy_NE, x_ND) if of_weight else None
+        dx = (dy_NE @ weight_ED).to(x_ND.dtype) if of_tokens else None
+        return dx, dy_NE.mT @ x_ND.to(weight_ED.dtype) if of_weight else None

@@ -246,6 +246,15 @@ def compile_all(name: str):
     decode(torch.bfloat16, 16, 64, page=256)
     decode(torch.bfloat16, 16, 1, T=8, C=128, R=0)
 
+    gate, exact = modules["kernels_gated"], modules["kernels_logits"]
+    context.update(dtype="bfloat16", case="the gate and the router's logits of training")
+    tokens, up = (torch.empty(512, 2048, dtype=torch.bfloat16) for _ in range(2))
+    gate.gated_gradient(gate.gated(tokens, up), tokens, up)
+    router_weight = torch.empty(64, 2048)
+    logits = exact.router_logits(tokens, router_weight)
+    exact.router_tokens_gradient(logits, router_weight, tokens)
+    exact.router_gradient(logits, tokens)
+
     loss, heads = modules["kernels_loss"], modules["kernels_heads"]
     for dtype in (torch.bfloat16, torch.float32):
         context.update(dtype=str(dtype)[6:], case="the loss and the heads of training")

@@ -1,15 +1,17 @@
-"""The kernels of training beside the experts: cross entropy, and queries and keys from their projections."""
+"""The kernels of training beside the experts: cross entropy, queries and keys, the gate, the router's logits."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from lamoe import attention
+from lamoe import attention, recompute
 from lamoe.attention import rotate_pairs
 from lamoe.token_loss import logits_loss
 from tests.kernels import assert_within_budget
 from tests.tiny import lamoe_model, random_ids
 
+gate_kernels = pytest.importorskip("lamoe.kernels_gated")
+logit_kernels = pytest.importorskip("lamoe.kernels_logits")
 loss_kernels = pytest.importorskip("lamoe.kernels_loss")
 heads_kernels = pytest.importorskip("lamoe.kernels_heads")
 
@@ -88,7 +90,80 @@ def test_heads_and_their_gradients(H, P, R, V, interleaved, one_position, dtype)
         assert_within_budget(name, a, b, c)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(5, 7), (3, 4096), (0, 4)])
+def test_the_gate_and_its_gradients(shape, dtype):
+    gate, up, dout = (random(*shape, dtype=dtype, seed=i, scale=3.0) for i in range(3))
+
+    def eager(kind):
+        leaves = [x.detach().to(kind).requires_grad_() for x in (gate, up)]
+        out = F.silu(leaves[0]) * leaves[1]
+        return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(kind))]
+
+    out = gate_kernels.gated(gate, up)
+    dgate, dup, again = gate_kernels.gated_gradient(dout, gate, up)
+    assert torch.equal(again, out)
+    for name, a, b, c in zip(
+        ("out", "dgate", "dup"), (out, dgate, dup), eager(dtype), eager(torch.float64), strict=True
+    ):
+        assert_within_budget(name, a, b, c)
+
+
+@pytest.mark.parametrize("N, D, E", [(130, 70, 20), (70, 64, 64), (5, 33, 160), (300, 40, 8), (0, 16, 4)])
+def test_router_logits_and_their_gradients(N, D, E):
+    dtype = torch.bfloat16 if GPU else torch.float16  # whose range is enough for these weights
+    x, weight, dout = random(N, D + 3, dtype=dtype)[:, :D], random(E, D, seed=1), random(N, E, seed=2)
+
+    def eager(kind):
+        leaves = [leaf.detach().to(kind).requires_grad_() for leaf in (x, weight)]
+        out = leaves[0] @ leaves[1].T
+        return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(kind))]
+
+    got = [
+        logit_kernels.router_logits(x, weight), logit_kernels.router_tokens_gradient(dout, weight, x),
+        logit_kernels.router_gradient(dout, x),
+    ]  # fmt: skip
+    assert [y.dtype for y in got] == [torch.float32, dtype, torch.float32]
+    same = eager(torch.float32)
+    same[1] = same[1].to(dtype)
+    for name, a, b, c in zip(("logits", "dx", "dweight"), got, same, eager(torch.float64), strict=True):
+        assert_within_budget(name, a, b, c)
+    assert torch.equal(logit_kernels.router_gradient(dout, x), got[2])
+    if GPU and N:  # a BLAS rounds a row by its place in the matrix
+        assert torch.equal(logit_kernels.router_logits(x[N - 1 :], weight)[0], got[0][N - 1])
+
+
+def test_a_layer_takes_both(monkeypatch):
+    """exact_linear and gated_linear with the kernels, as on a GPU, and without: the same numbers."""
+    dtype = torch.bfloat16 if GPU else torch.float16
+    x, weight = random(70, 16, dtype=dtype), random(4, 16, seed=1)
+    gate, up = random(70, 24, dtype=dtype, seed=2), random(70, 24, dtype=dtype, seed=3)
+    projection = torch.nn.Linear(24, 16, bias=False, device=DEVICE, dtype=dtype)
+    found = []
+    for fused in (False, True):
+        monkeypatch.setattr(recompute, "_on_tensor_cores", lambda *tensors, on=fused: on)
+        monkeypatch.setattr(recompute, "_fuses_gate", lambda *tensors, on=fused: on)
+        leaves = [leaf.detach().requires_grad_() for leaf in (x, weight, gate, up)]
+        logits = recompute.exact_linear(*leaves[:2])
+        out = recompute.gated_linear(*leaves[2:], projection, F.silu, True)
+        (logits.square().sum() + out.float().square().sum()).backward()
+        with torch.no_grad():
+            assert torch.equal(recompute.exact_linear(*leaves[:2]), logits)
+        found.append([logits, out, *(leaf.grad for leaf in leaves), projection.weight.grad.clone()])
+        projection.weight.grad = None
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=2e-2)
+    torch.testing.assert_close(*(results[0] for results in found), rtol=1e-5, atol=1e-5)
+
+
 def test_operators():
+    half = torch.bfloat16 if GPU else torch.float16
+    x, weight = random(3, 8, dtype=half), random(4, 8)
+    torch.library.opcheck(gate_kernels.gated, (x, x))
+    torch.library.opcheck(gate_kernels.gated_gradient, (x, x, x))
+    torch.library.opcheck(logit_kernels.router_logits, (x, weight))
+    torch.library.opcheck(logit_kernels.router_tokens_gradient, (random(3, 4), weight, x))
+    torch.library.opcheck(logit_kernels.router_gradient, (random(3, 4), x))
     logits, targets = random(2, 9), torch.tensor([3, -100], device=DEVICE)
     torch.library.opcheck(loss_kernels.losses, (logits, targets, -100))
     scale = torch.ones((), device=DEVICE)
