@@ -15,8 +15,7 @@ except ImportError as error:
     raise ImportError("The fused router logits need Triton: pip install triton.") from error
 
 _NAMESPACE = __name__.replace(".", "_")  # two revisions of a checkpoint may share a process
-_ROWS, _DEPTH, _WIDTH = 128, 64, 64  # tokens, hidden width and experts that a program takes at a time
-_GRADIENT_ROWS = 64  # tokens likewise, where they have to be cut into parts, which takes registers
+_ROWS, _DEPTH, _WIDTH = 64, 64, 64  # tokens, hidden width and experts that a program takes at a time
 _SPLITS = 64  # programs among which the tokens of a weight's gradient are split
 LEAST_ROWS = 64  # for fewer tokens launches count, and cuBLAS has fewer
 
@@ -137,8 +136,8 @@ def router_tokens_gradient(dout_NE: Tensor, weight_ED: Tensor, like: Tensor) -> 
     dx = like.new_empty((N, D))
     if N:
         with torch.cuda.device_of(dout_NE):
-            _tokens_gradient_kernel[(triton.cdiv(N, _GRADIENT_ROWS), triton.cdiv(D, _DEPTH))](
-                dout_NE, _split(weight_ED, dx.dtype), dx, N, E, D=D, ROWS=_GRADIENT_ROWS, DEPTH=_DEPTH,
+            _tokens_gradient_kernel[(triton.cdiv(N, _ROWS), triton.cdiv(D, _DEPTH))](
+                dout_NE, _split(weight_ED, dx.dtype), dx, N, E, D=D, ROWS=_ROWS, DEPTH=_DEPTH,
                 EP=triton.cdiv(E, _WIDTH) * _WIDTH, WIDTH=_WIDTH, num_warps=4,
             )  # fmt: skip
     return dx
@@ -153,13 +152,13 @@ def _(dout_NE, weight_ED, like):
 def router_gradient(dout_NE: Tensor, x_ND: Tensor) -> Tensor:
     """Gradient of `router_logits` for its weight, [E, D] float32, summed in fixed order."""
     (N, E), D = dout_NE.shape, x_ND.shape[1]
-    rows = triton.cdiv(triton.cdiv(max(N, 1), _SPLITS), _GRADIENT_ROWS) * _GRADIENT_ROWS
+    rows = triton.cdiv(triton.cdiv(max(N, 1), _SPLITS), _ROWS) * _ROWS
     splits = triton.cdiv(N, rows)
     parts = dout_NE.new_empty((splits, E, D))
     if N:
         with torch.cuda.device_of(x_ND):
             _router_gradient_kernel[(triton.cdiv(D, _DEPTH), triton.cdiv(E, _WIDTH), splits)](
-                dout_NE, x_ND, parts, N, E, x_ND.stride(0), rows, D=D, ROWS=_GRADIENT_ROWS, DEPTH=_DEPTH, WIDTH=_WIDTH,
+                dout_NE, x_ND, parts, N, E, x_ND.stride(0), rows, D=D, ROWS=_ROWS, DEPTH=_DEPTH, WIDTH=_WIDTH,
                 num_warps=8, num_stages=2,
             )  # fmt: skip
     return parts.sum(dim=0)
