@@ -29,6 +29,8 @@ from transformers.generation.streamers import BaseStreamer
 from trl import TrlParser
 
 from lamoe import LamoeConfig, LamoeForCausalLM, boost, unboost
+from lamoe.attention import decode_view, kernel_refusal
+from lamoe.decode_graph import record
 from lamoe.scripts.expert_speed import SHAPES, decode_cost, model_step_cost, train_cost
 from lamoe.scripts.expert_tiles import best_tiles
 from lamoe.scripts.prefill_speed import peak_of, prompt_cost
@@ -139,6 +141,7 @@ def attention_step(arguments: Arguments) -> list[dict]:
     rows = []
     for batch, context in paired(arguments):
         row = {"preset": arguments.preset, "batch": batch, "context": context, "dtype": str(dtype)[6:]}
+        row["decode"] = "eager" if kernel_refusal(ours.config, dtype, ours.device) else "triton"
         for name, model in (("lamoe", ours), ("native", native), ("boosted", native)):
             (boost if name == "boosted" else unboost)(model)
             row[f"{name}_ms"], row[f"{name}_temporary_mib"] = attention_cost(model, batch, context)
@@ -149,7 +152,10 @@ def attention_step(arguments: Arguments) -> list[dict]:
 
 @torch.no_grad()
 def attention_cost(model, batch: int, context: int, repeats: int = 15) -> tuple[float, float]:
-    """Median milliseconds of one attention step, and MiB of the tensors that it made beyond its cache."""
+    """Median milliseconds of one attention step, and MiB of the tensors that it made beyond its cache.
+
+    On a GPU the step is a CUDA graph, whoever computes it, or both would wait for launches.
+    """
     attention, config = model.model.layers[0].self_attn, model.config
     device, dtype = model.device, model.dtype
     cache = StaticCache(config=config, max_cache_len=context)
@@ -160,18 +166,20 @@ def attention_cost(model, batch: int, context: int, repeats: int = 15) -> tuple[
     hidden = torch.randn(batch, 1, config.hidden_size, device=device, dtype=dtype)
     positions = torch.full((batch, 1), context - 1, device=device)
     angles = model.model.rotary_emb(hidden, positions)
-    length = cache.layers[0].cumulative_length
+    length, ours = cache.layers[0].cumulative_length, isinstance(model, LamoeForCausalLM)
 
-    def step():
+    def step() -> tuple:
         length.fill_(context - 1)
-        attention(hidden, position_embeddings=angles, attention_mask=None, past_key_values=cache)
+        view = {"view": decode_view(config, hidden, None, cache, None, {})} if ours else {}
+        return attention(hidden, position_embeddings=angles, attention_mask=None, past_key_values=cache, **view)
 
-    step()
+    replay = record(step, device)[0].replay if device.type == "cuda" else step
+    replay()
     times = []
     for _ in range(repeats):
         synchronize(device)
         start = time.perf_counter()
-        step()
+        replay()
         synchronize(device)
         times.append((time.perf_counter() - start) * 1e3)
     with torch.profiler.profile(profile_memory=True) as profile:

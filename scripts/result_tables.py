@@ -67,6 +67,7 @@ def _attention(rows: list[dict]) -> list[str]:
     lines = ["| attention of one layer, one new token | native | Lamoe | ratio |", "|---|---|---|---|"]
     for r in rows:
         shape = f"{r['preset']}, context {r['context'] // 1024}k, {r['device']}, {r['dtype']}"
+        shape += ", eager" if r.get("decode", "eager") == "eager" else ", Triton"
         cells = [f"{r[f'{name}_ms']:.1f} ms, {r[f'{name}_temporary_mib']:.0f} MiB" for name in ("native", "lamoe")]
         lines.append(f"| {shape} | {cells[0]} | {cells[1]} | {r['speedup']:.2f} |")
     return lines
