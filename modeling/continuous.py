@@ -6,6 +6,7 @@ and pages are used as they are; the runner of batches differs.
 """
 
 import copy
+import weakref
 from types import SimpleNamespace
 
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
@@ -15,7 +16,7 @@ from transformers.utils import logging
 from transformers.utils.generic import is_flash_attention_requested
 
 from .attention import kernel_decodes
-from .decode_graph import Watch, never_recorded, state_of
+from .decode_graph import Watch, never_recorded, state_of, unharmed
 from .projections import adapter_layers
 
 logger = logging.get_logger(__name__)
@@ -54,9 +55,10 @@ def use_latent_pages(model, manager, asked: ContinuousBatchingConfig):
     settings.use_cuda_graph = _graphs(model, settings, asked)
     if asked.use_async_batching is None:
         settings.use_async_batching = any(settings.use_cuda_graph)
-    create = type(manager)._create_batch_processor
+    create, known = type(manager)._create_batch_processor, weakref.ref(manager)
 
     def create_with_latent_pages():
+        manager = known()  # which holds this function: in a circle both would stay, with the cache
         manager.model = SimpleNamespace(
             config=paged_view(model.config), _supports_logits_to_keep=model._supports_logits_to_keep,
             device=model.device, dtype=model.dtype,
@@ -74,15 +76,24 @@ def use_latent_pages(model, manager, asked: ContinuousBatchingConfig):
 
 def _blocks(model, asked: ContinuousBatchingConfig) -> int:
     """Blocks that a request's row of the table has, 0 for no tables."""
-    config, x = model.config, model.model.embed_tokens.weight[:1, None]
-    runs = kernel_decodes(config, x, config.mla_form) and model.model.decodes(x) and not config.output_attentions
-    if not runs:
+    if not _reads_tables(model):
         if asked.max_blocks_per_request:
             logger.warning("max_blocks_per_request is ignored: block tables are for the decode kernel alone.")
         return 0
     if asked.max_blocks_per_request is not None:
         return asked.max_blocks_per_request
-    return min(MOST_BLOCKS, -(-config.max_position_embeddings // asked.page_size))
+    return min(MOST_BLOCKS, -(-model.config.max_position_embeddings // asked.page_size))
+
+
+def _reads_tables(model) -> bool:
+    """Whether the decode kernel runs decode-only batches as the model is now."""
+    config, x = model.config, model.model.embed_tokens.weight[:1, None]
+    return kernel_decodes(config, x, config.mla_form) and model.model.decodes(x) and not config.output_attentions
+
+
+def _recordable(model) -> bool:
+    """Whether a batch can be recorded as the model is now: without the kernel, it asks the GPU for lengths."""
+    return never_recorded(model, model.device) is None and _reads_tables(model)
 
 
 def _graphs(model, settings: ContinuousBatchingConfig, asked: ContinuousBatchingConfig) -> tuple[bool, bool]:
@@ -102,11 +113,11 @@ def _use_runner(model, processor):
     processor.model_runner = runner = PagedRunner(
         old.logit_processor, old.cb_config, old.inputs_and_outputs, old.cache, old.do_sample, old.return_logprobs
     )
-    update = processor.update_batch
+    update, known = type(processor).update_batch, weakref.ref(processor)
 
     def update_batch():
         runner.settle(model)
-        update()
+        update(known())
 
     processor.update_batch = update_batch
 
@@ -158,19 +169,23 @@ class PagedRunner(ModelRunner):
         """Raise if a router saw NaN or infinite values in the replayed batch whose tokens are read next."""
         watch = self.watches.get(getattr(self.inputs_and_outputs, "current_pair", 0))
         checksums = None if watch is None else watch.read()
-        if checksums is not None:
+        if checksums is None:
+            return
+        try:
             model.model.refuse_nonfinite(checksums)
+        except BaseException:
+            self.watches.clear()  # nor is the other pair asked again, when the weights may have been repaired
+            raise
 
     def look_again(self, model):
         """Let the next batch record anew if adapters or hooks have come or gone, which not every batch looks for."""
-        recordable = never_recorded(model, model.device) is None
-        if self.adapters != adapter_layers(model) or self.recordable != recordable:
+        if self.adapters != adapter_layers(model) or self.recordable != _recordable(model):
             self.state = None
 
     def _forget_stale(self, model):
         if self.state is not None and self.state == state_of(model, self.adapters):
             return
-        self.adapters, self.recordable = adapter_layers(model), never_recorded(model, model.device) is None
+        self.adapters, self.recordable = adapter_layers(model), _recordable(model)
         self.state = state_of(model, self.adapters)
         mixed, decode = self.cb_config.cuda_graph_booleans
         self.use_cuda_graph_varlen, self.use_cuda_graph_decode = mixed and self.recordable, decode and self.recordable
@@ -190,7 +205,8 @@ class PagedRunner(ModelRunner):
             found.append(model.model.checksums())
 
         try:
-            super()._capture_graph(forward, compute_stream, model, *arguments)
+            with unharmed(model.device, self.graph_pool_id):
+                super()._capture_graph(forward, compute_stream, model, *arguments)
         except RuntimeError as reason:  # a layer of somebody else's that waits for the GPU, or no memory
             logger.warning_once(f"Batches could not be recorded as a CUDA graph and run as ever: {reason}")
             if self.inputs_and_outputs.use_block_table:

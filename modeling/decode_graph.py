@@ -8,6 +8,7 @@ Letters: B sequences, T new tokens each, D hidden, W vocabulary.
 """
 
 from collections.abc import Callable
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +42,7 @@ class Watch:
         """Begin to copy what a replay has written."""
         self.host.copy_(checksums, non_blocking=True)
         if self.copied is not None:
-            self.copied.record()
+            self.copied.record(torch.cuda.current_stream(checksums.device))
         self.unread = True
 
     def read(self) -> Tensor | None:
@@ -288,15 +289,36 @@ def recording(x: Tensor) -> bool:
 
 
 def record(step: Callable[[], tuple[Tensor | None, ...]], device: torch.device):
-    """`step` as a graph, and its outputs, which each replay writes anew."""
-    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        step()  # whatever compiles or allocates at its first use does so here
-    torch.cuda.current_stream(device).wait_stream(side)
-    with torch.cuda.graph(graph):
-        outputs = step()
+    """`step` as a graph, and its outputs, which each replay writes anew. Other threads may use the GPU meanwhile."""
+    graph, side, pool = torch.cuda.CUDAGraph(), torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+    with torch.cuda.device(device):
+        current = torch.cuda.current_stream()
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            step()  # whatever compiles or allocates at its first use does so here
+        current.wait_stream(side)
+        capture = torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local")
+        with unharmed(device, pool), capture:
+            outputs = step()
     return graph, *outputs
+
+
+@contextmanager
+def unharmed(device: torch.device, pool: tuple[int, int] | None):
+    """Around a recording: if it fails, stream and allocator are as before; PyTorch would leave both inside of it.
+
+    Args:
+        pool: the memory that the recording allocates from.
+    """
+    before = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    try:
+        yield
+    except BaseException:
+        if before is not None:
+            torch.cuda.set_stream(before)
+            with suppress(RuntimeError):  # newer releases have ended it themselves (pytorch#180395)
+                torch._C._cuda_endAllocateToPool(before.device_index, pool)
+        raise
 
 
 def _record(model, run, inputs, mask: Tensor | None, cache: GrowingCache, depth: int, times: int) -> Recorded:

@@ -18,7 +18,10 @@ _BLOCK = 4096
 
 @triton.jit
 def _loss_kernel(logits_ptr, target_ptr, loss_ptr, mass_ptr, W, ignored, BLOCK: tl.constexpr):
-    """loss[x] = logsumexp(logits[x]) - logits[x, target[x]], 0 where the target is ignored; mass[x]: the former."""
+    """loss[x] = logsumexp(logits[x]) - logits[x, target[x]], 0 where the target is ignored; mass[x]: the former.
+
+    NaN for a target that is no column.
+    """
     x = tl.program_id(0).to(tl.int64)
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     mass = tl.zeros((BLOCK,), tl.float32)
@@ -34,8 +37,9 @@ def _loss_kernel(logits_ptr, target_ptr, loss_ptr, mass_ptr, W, ignored, BLOCK: 
     total = base + tl.log(tl.sum(mass * tl.exp(top - base), axis=0))
     target = tl.load(target_ptr + x)
     real = target != ignored
-    chosen = tl.load(logits_ptr + x * W + tl.where(real, target, 0)).to(tl.float32)
-    tl.store(loss_ptr + x, tl.where(real, total - chosen, 0.0))
+    inside = (target >= 0) & (target < W)
+    chosen = tl.load(logits_ptr + x * W + tl.where(inside, target, 0)).to(tl.float32)
+    tl.store(loss_ptr + x, tl.where(real, tl.where(inside, total - chosen, float("nan")), 0.0))
     tl.store(mass_ptr + x, total)
 
 
@@ -61,7 +65,7 @@ def losses(logits_XW: Tensor, target_X: Tensor, ignore_index: int) -> tuple[Tens
     """Each row's cross entropy, 0 for ignored targets, and its log-sum-exp: two of [X] float32.
 
     Args:
-        logits_XW: contiguous. target_X: int64, each in [0, W) or `ignore_index`.
+        logits_XW: contiguous. target_X: int64, contiguous, each in [0, W) or `ignore_index`; others make the loss NaN.
     """
     X, W = logits_XW.shape
     loss, mass = (logits_XW.new_empty(X, dtype=torch.float32) for _ in range(2))

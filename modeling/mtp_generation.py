@@ -310,6 +310,8 @@ def speculate(
 
     with _states_of(model) as states:
         outputs = model._prefill(input_ids, generation_config, kwargs)
+    if getattr(cache, "recorded", None) is False:
+        cache.recorded = None  # a prompt of one token met the hook above, which says nothing of the rounds
     hidden_states, logits = torch.cat(states, dim=1), outputs.logits[:, -1:]
     del states, outputs
     if B == 1 and mask is not None and mask.dim() == 2 and bool(mask.all()):

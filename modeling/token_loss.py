@@ -30,7 +30,7 @@ def logits_loss(
     """
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    target_X = shift_labels.reshape(-1).to(logits.device)
+    target_X = shift_labels.reshape(-1).to(logits.device).contiguous()  # of one row, it may be a view with gaps
     total = _CrossEntropySum.apply(logits.reshape(-1, logits.shape[-1]), target_X, ignore_index)
     if num_items_in_batch is None:
         return total / target_X.ne(ignore_index).sum()

@@ -26,7 +26,7 @@ from lamoe.configuration.configuration_lamoe import FAMILY_DEFAULTS
 from lamoe.hub import checkpoint_tensors, load_complete
 from lamoe.memory import MemoryPlan, memory_explained, memory_plan
 from lamoe.scripts.corpus import refuse_larger_tokenizer, score
-from lamoe.scripts.folders import fresh_folder, last_checkpoint, training_folder
+from lamoe.scripts.folders import fresh_folder, last_checkpoint, refuse_begun, training_folder
 from lamoe.scripts.packing import load_rows
 from lamoe.scripts.training import (
     choose_precision,
@@ -392,11 +392,12 @@ def main(arguments: Arguments):
     if arguments.plan:
         console.print(str(planned(arguments)), markup=False, highlight=False)
         return
+    refuse_begun(arguments.output_dir, arguments.resume, arguments.overwrite)
+    plan = planned(arguments)  # and what cannot be read is refused before --overwrite takes anything away
+    if plan is not None:
+        console.print(str(plan), markup=False, highlight=False)
     told = dataclasses.asdict(arguments)
     with training_folder(arguments.output_dir, told, arguments.resume, arguments.overwrite) as work:
-        plan = planned(arguments)
-        if plan is not None:
-            console.print(str(plan), markup=False, highlight=False)
         precision = choose_precision(arguments.precision)
         trainer_arguments = trl_config(arguments, work, precision)
         checkpoint = find_checkpoint(arguments.model)

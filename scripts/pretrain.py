@@ -26,7 +26,7 @@ from lamoe.hub import load_complete
 from lamoe.memory import MemoryPlan, memory_explained, memory_plan
 from lamoe.scripts.corpus import refuse_larger_tokenizer, train_tokenizer
 from lamoe.scripts.curves import Curves
-from lamoe.scripts.folders import fresh_folder, last_checkpoint, training_folder
+from lamoe.scripts.folders import fresh_folder, last_checkpoint, refuse_begun, training_folder
 from lamoe.scripts.packing import PackedStream, documents, hold_out, load_rows, pack
 from lamoe.scripts.training import Samples, choose_precision, read_mapping, refuse_steps, report_last, write_record
 
@@ -293,11 +293,12 @@ def main(arguments: Arguments):
     if arguments.plan:
         console.print(str(planned(arguments, read_config(arguments.model, overrides))), markup=False, highlight=False)
         return
+    refuse_begun(arguments.output_dir, arguments.resume, arguments.overwrite)
+    config = read_config(arguments.model, overrides)  # refused, if at all, before --overwrite takes anything away
+    plan = planned(arguments, config)
+    console.print(str(plan), markup=False, highlight=False)
     told = dataclasses.asdict(arguments)
     with training_folder(arguments.output_dir, told, arguments.resume, arguments.overwrite) as work:
-        config = read_config(arguments.model, overrides)
-        plan = planned(arguments, config)
-        console.print(str(plan), markup=False, highlight=False)
         trainer_arguments = settings(arguments, work)
         weights = Path(arguments.model) if any(Path(arguments.model).glob("*.safetensors")) else None
         fields = (arguments.text_field,)

@@ -4,8 +4,11 @@ On a GPU by real graphs, and without one by a stand-in that calls again with the
 """
 
 import copy
+import gc
 import inspect
+import weakref
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from transformers.generation.continuous_batching.offloading_manager import Offlo
 from transformers.generation.continuous_batching.utils import build_attention_mask
 
 from lamoe import modeling_lamoe
+from lamoe.decode_graph import Watch, record
 from tests.test_generation import COMMON, generate
 from tests.tiny import lamoe_model, random_ids
 
@@ -272,6 +276,56 @@ def test_a_changed_model_is_recorded_anew_or_no_longer(model, expected, graphs, 
         assert counts[0] < counts[1] == counts[2] == counts[3]
     finally:
         model.destroy_cached_continuous_batching_manager()
+
+
+def test_without_the_kernel_nothing_is_recorded(model, graphs, monkeypatch):
+    """An adapter that no kernel absorbs: tables become lists, for which the host asks for lengths."""
+    assert continuous._recordable(model)
+    monkeypatch.setattr(type(model.model), "decodes", lambda self, x, depth=0: False)
+    assert not continuous._recordable(model)
+
+
+def test_a_destroyed_manager_leaves_its_memory_at_once(model):
+    results(model)  # whatever is made only once
+    options = GenerationConfig(max_new_tokens=2, eos_token_id=-1, do_sample=False)
+    model.generate_batch(PROMPTS[:2], options, ContinuousBatchingConfig(**BATCHING), persistent_manager=True)
+    manager = model._cached_continuous_batching_manager
+    known = [weakref.ref(manager), weakref.ref(manager.batch_processor.cache)]
+    gc.collect()
+    gc.disable()
+    try:
+        del manager
+        model.destroy_cached_continuous_batching_manager()
+        assert [one() for one in known] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_after_an_error_no_older_checksum_is_asked(model):
+    runner = continuous.PagedRunner.__new__(continuous.PagedRunner)
+    runner.inputs_and_outputs, runner.watches = SimpleNamespace(current_pair=0), {}
+    for pair in (0, 1):
+        runner.watches[pair] = Watch(torch.zeros(1))
+        runner.watches[pair].send(torch.full((1,), float("nan")))
+    with pytest.raises(ValueError, match="router"):
+        runner.settle(model)
+    runner.inputs_and_outputs.current_pair = 1
+    runner.settle(model)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+def test_gpu_a_failed_recording_harms_nothing():
+    x, before = torch.ones(4, device=DEVICE), torch.cuda.current_stream()
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            record(lambda: (x * float(x.sum()),), x.device)
+        assert torch.cuda.current_stream() == before
+        torch.cuda.empty_cache()
+    graph, y = record(lambda: (x * 2,), x.device)
+    x.fill_(3)
+    graph.replay()
+    assert y.tolist() == [6] * 4
 
 
 def test_a_failed_recording_is_not_the_end(model, expected, graphs, monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lamoe import attention, recompute
+from lamoe import attention, recompute, token_loss
 from lamoe.attention import rotate_pairs
 from lamoe.token_loss import logits_loss
 from tests.kernels import assert_within_budget
@@ -54,6 +54,25 @@ def test_cross_entropy_of_infinite_logits():
     expected = F.cross_entropy(logits, targets, reduction="none")
     loss, _ = loss_kernels.losses(logits, targets, -100)
     torch.testing.assert_close(loss, expected, equal_nan=True)
+
+
+def test_cross_entropy_of_targets_that_are_no_column():
+    logits, targets = random(4, 9), torch.tensor([-1, 9, 3, -100], device=DEVICE)
+    loss, _ = loss_kernels.losses(logits, targets, -100)
+    assert loss[:2].isnan().all() and loss[3] == 0
+    torch.testing.assert_close(loss[2], F.cross_entropy(logits[2:3], targets[2:3]))
+
+
+def test_targets_of_one_row_may_have_gaps(monkeypatch):
+    monkeypatch.setattr(token_loss, "_fused", lambda logits: loss_kernels)
+    logits = random(1, 5, 9, dtype=torch.float16)
+    labels = torch.arange(10, device=DEVICE).remainder(9).view(1, 10)[:, ::2]
+    loss = logits_loss(logits.requires_grad_(), None, shift_labels=labels)
+    torch.testing.assert_close(loss, F.cross_entropy(logits[0].float(), labels[0]))
+    gradient = torch.autograd.grad(loss, logits)[0][0].float()
+    torch.testing.assert_close(
+        gradient, (logits[0].float().softmax(-1) - F.one_hot(labels[0], 9)) / 5, rtol=1e-2, atol=1e-3
+    )
 
 
 def eager_heads(q, kv, k, cos, sin, interleaved):

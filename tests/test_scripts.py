@@ -77,6 +77,17 @@ def test_every_writer_refuses_first(script, words, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
+@pytest.mark.parametrize("script", [pretrain, finetune])
+def test_overwriting_takes_nothing_away_for_what_cannot_be_read(script, tmp_path):
+    state = tmp_path / "out.training" / "checkpoint-3" / "trainer_state.json"
+    state.parent.mkdir(parents=True)
+    state.write_text('{"global_step": 3}')
+    words = ("--texts", "absent", "--model", tmp_path / "nothing", "--output_dir", tmp_path / "out", "--overwrite")
+    with pytest.raises((ValueError, OSError)):
+        script.main(options(script, *words))
+    assert state.exists()
+
+
 # Texts
 
 
