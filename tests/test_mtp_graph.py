@@ -113,6 +113,16 @@ def test_tokens_are_those_without_drafts(models, unrecorded, recordings, half_ri
                 assert drafts[row].tolist() == plain_drafts(model, prefix, depths)
 
 
+def test_a_prompt_of_one_token_behind_a_cache(models, unrecorded, recordings):
+    """The hook that reads its states stops no later round from being recorded."""
+    model, (ids, _) = models[1], prompts(1)
+    first = drafted(model, ids, return_dict_in_generate=True)
+    recordings.clear()
+    more = drafted(model, first.sequences, past_key_values=first.past_key_values)
+    assert recordings
+    assert torch.equal(more, unrecorded(model, first.sequences))
+
+
 @WAYS
 def test_longer_buffers_are_recorded_anew(models, recordings, half_right, monkeypatch, rows, depths):
     monkeypatch.setattr("lamoe.cache.ROOM", 7)
