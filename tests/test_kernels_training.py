@@ -152,6 +152,24 @@ def test_router_logits_and_their_gradients(N, D, E):
         assert torch.equal(logit_kernels.router_logits(x[N - 1 :], weight)[0], got[0][N - 1])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("N, D, E", [(16384, 2048, 64), (8192, 7168, 256)])
+def test_gpu_router_logits_of_published_widths(N, D, E):
+    """Twenty runs are equal, and right everywhere: a copy that overtakes a product would spoil a tile now and then."""
+    x, weight = random(N, D, dtype=torch.bfloat16), random(E, D, seed=1, scale=0.02)
+    dout = random(N, E, seed=2)
+    products = [
+        lambda: logit_kernels.router_logits(x, weight), lambda: logit_kernels.router_tokens_gradient(dout, weight, x),
+        lambda: logit_kernels.router_gradient(dout, x),
+    ]  # fmt: skip
+    exact = [x.double() @ weight.double().T, dout.double() @ weight.double(), dout.double().T @ x.double()]
+    for product, right, tolerance in zip(products, exact, (2e-6, 4e-3, 2e-6), strict=True):
+        first = product()
+        assert (first.double() - right).abs().max() < tolerance * right.abs().max()
+        assert all(torch.equal(product(), first) for _ in range(19))
+
+
 def test_a_layer_takes_both(monkeypatch):
     """exact_linear and gated_linear with the kernels, as on a GPU, and without: the same numbers."""
     dtype = torch.bfloat16 if GPU else torch.float16
