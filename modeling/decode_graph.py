@@ -316,6 +316,7 @@ def unharmed(device: torch.device, pool: tuple[int, int] | None):
     except BaseException:
         if before is not None:
             torch.cuda.set_stream(before)
+        if before is not None and pool is not None:
             with suppress(RuntimeError):  # newer releases have ended it themselves (pytorch#180395)
                 torch._C._cuda_endAllocateToPool(before.device_index, pool)
         raise
