@@ -54,7 +54,7 @@ def use_latent_pages(model, manager, asked: ContinuousBatchingConfig):
     settings.max_blocks_per_request = _blocks(model, asked)
     settings.use_cuda_graph = _graphs(model, settings, asked)
     if asked.use_async_batching is None:
-        settings.use_async_batching = any(settings.use_cuda_graph)
+        settings.use_async_batching = False  # which plans for a fifth more of cache
     create, known = type(manager)._create_batch_processor, weakref.ref(manager)
 
     def create_with_latent_pages():

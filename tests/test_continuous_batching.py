@@ -164,9 +164,9 @@ def test_recorded_batches(model, expected, reads, graphs):
     ids=["plain", "outgrown tables", "memory pressure"],
 )
 def test_gpu_batches_that_are_prepared_while_others_run(model, expected, reads, graphs, settings):
-    """As by default; each of the two pairs of inputs and outputs has its own graphs."""
+    """Each of the two pairs of inputs and outputs has its own graphs."""
     for _ in range(3):
-        assert batched(model, use_async_batching=None, **settings) == expected
+        assert batched(model, use_async_batching=True, **settings) == expected
     assert len(graphs) >= 2 * 3 and "table" in {read[0] for read in reads}
 
 
@@ -358,14 +358,14 @@ def test_settings_by_default(model, made, graphs):
         assert made().max_blocks_per_request == continuous.MOST_BLOCKS == 512
     finally:
         model.config.max_position_embeddings = 160
-    assert made().use_cuda_graph == (False, True) and made().use_async_batching
+    assert made().use_cuda_graph == (False, True) and not made().use_async_batching
 
 
 def test_settings_that_were_given(made, graphs):
     got = made(max_blocks_per_request=7, use_cuda_graph=False)
     assert (got.max_blocks_per_request, got.use_cuda_graph, got.use_async_batching) == (7, (False, False), False)
     assert made(use_cuda_graph=(False, True), use_async_batching=False).use_cuda_graph == (False, True)
-    assert not made(use_async_batching=False).use_async_batching
+    assert made(use_async_batching=True).use_async_batching and not made(use_async_batching=False).use_async_batching
     assert made(max_blocks_per_request=0).use_cuda_graph == (False, False)
 
 
