@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
@@ -145,6 +146,22 @@ def documents_of(mask_BT: Tensor | None, position_ids: Tensor | None, batch: int
     ends = [*firsts.tolist()[1:], 0]
     return Documents(
         tuple((row, first, end or length) for (row, first), end in zip(spans, ends, strict=True)), batch, length
+    )
+
+
+def documents_or_mask(
+    config, x_BTD: Tensor, mask, position_ids, past, form: str | None, kwargs: dict, masked: bool = False
+):
+    """What the attention of this forward takes for a mask: `find_documents`, or else what Transformers makes.
+
+    Args:
+        masked: leave the documents out.
+    """
+    found = None if masked else find_documents(config, x_BTD, mask, position_ids, past, form, kwargs)
+    if found is not None:
+        return found
+    return create_causal_mask(
+        config=config, inputs_embeds=x_BTD, attention_mask=mask, past_key_values=past, position_ids=position_ids
     )
 
 

@@ -27,6 +27,15 @@ def _angles(cos_ptr, sin_ptr, n, T, s_b, s_t, R: tl.constexpr, RP: tl.constexpr)
 
 
 @triton.jit
+def turn(pairs, other: tl.constexpr, cos, sin, to0, to1, mask):
+    """Rotate pairs, whose second numbers lie `other` further, to their first halves and to their second ones."""
+    first = tl.load(pairs, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(pairs + other, mask=mask, other=0.0).to(tl.float32)
+    tl.store(to0, (first * cos - second * sin).to(to0.dtype.element_ty), mask=mask)
+    tl.store(to1, (second * cos + first * sin).to(to1.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _heads_kernel(
     q_ptr, kv_ptr, k_ptr, cos_ptr, sin_ptr, query_ptr, key_ptr, T, s_k_b, s_k_t, s_cos_b, s_cos_t,
     H: tl.constexpr, P: tl.constexpr, R: tl.constexpr, V: tl.constexpr, INTERLEAVED: tl.constexpr,
@@ -54,14 +63,12 @@ def _heads_kernel(
         tl.store(query_ptr + row * (P + R) + p[None, :], q, mask=plain)
         kv = tl.load(kv_ptr + row * (P + V) + p[None, :], mask=plain, other=0.0)
         tl.store(key_ptr + row * (P + R) + p[None, :], kv, mask=plain)
-        pairs = q_ptr + row * (P + R) + P + step * i[None, :]
-        q0 = tl.load(pairs, mask=turned, other=0.0).to(tl.float32)
-        q1 = tl.load(pairs + other, mask=turned, other=0.0).to(tl.float32)
-        to = row * (P + R) + P + i[None, :]
-        tl.store(query_ptr + to, (q0 * cos[None, :] - q1 * sin[None, :]).to(query_ptr.dtype.element_ty), mask=turned)
-        tl.store(
-            query_ptr + to + half, (q1 * cos[None, :] + q0 * sin[None, :]).to(query_ptr.dtype.element_ty), mask=turned
-        )
+        rotary = row * (P + R) + P
+        to = rotary + i[None, :]
+        turn(
+            q_ptr + rotary + step * i[None, :], other, cos[None, :], sin[None, :], query_ptr + to,
+            query_ptr + to + half, turned,
+        )  # fmt: skip
         tl.store(key_ptr + to, tl.broadcast_to(first, (HEADS, RP)), mask=turned)
         tl.store(key_ptr + to + half, tl.broadcast_to(second, (HEADS, RP)), mask=turned)
 
@@ -95,12 +102,10 @@ def _heads_gradient_kernel(
         tl.store(dkv_ptr + row * (P + V) + p[None, :], dk, mask=plain)
         dv = tl.load(dvalue_ptr + row * V + v[None, :], mask=values, other=0.0)
         tl.store(dkv_ptr + row * (P + V) + P + v[None, :], dv, mask=values)
-        at = row * (P + R) + P + i[None, :]
-        q0 = tl.load(dquery_ptr + at, mask=turned, other=0.0).to(tl.float32)
-        q1 = tl.load(dquery_ptr + at + half, mask=turned, other=0.0).to(tl.float32)
-        to = dq_ptr + row * (P + R) + P + step * i[None, :]
-        tl.store(to, (q0 * cos[None, :] + q1 * sin[None, :]).to(dq_ptr.dtype.element_ty), mask=turned)
-        tl.store(to + other, (q1 * cos[None, :] - q0 * sin[None, :]).to(dq_ptr.dtype.element_ty), mask=turned)
+        rotary = row * (P + R) + P
+        at = rotary + i[None, :]
+        to = dq_ptr + rotary + step * i[None, :]
+        turn(dquery_ptr + at, half, cos[None, :], -sin[None, :], to, to + other, turned)
         k0 += tl.sum(tl.load(dkey_ptr + at, mask=turned, other=0.0).to(tl.float32), axis=0)
         k1 += tl.sum(tl.load(dkey_ptr + at + half, mask=turned, other=0.0).to(tl.float32), axis=0)
     to = dk_ptr + n * R + step * i

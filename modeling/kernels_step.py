@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .kernels_attention import check, split_decode
+from .kernels_heads import turn
 from .kernels_launch import await_kernels, overlapping
 
 try:  # inside `try`, or the Hub loader refuses the whole model where Triton is missing
@@ -155,15 +156,6 @@ def _(x_ND, weight, residual):
     return torch.empty_like(residual)
 
 
-@triton.jit
-def _turn(pairs, other: tl.constexpr, cos, sin, to0, to1, mask):
-    """Rotate pairs, whose second numbers lie `other` further, to their first halves and to their second ones."""
-    first = tl.load(pairs, mask=mask, other=0.0).to(tl.float32)
-    second = tl.load(pairs + other, mask=mask, other=0.0).to(tl.float32)
-    tl.store(to0, (first * cos - second * sin).to(to0.dtype.element_ty), mask=mask)
-    tl.store(to1, (second * cos + first * sin).to(to1.dtype.element_ty), mask=mask)
-
-
 @triton.jit(do_not_specialize=["room", "T"])
 def _write_kernel(
     kv_ptr, norm_ptr, q_ptr, plain_ptr, up_ptr, cos_ptr, sin_ptr, at_ptr, c0_ptr, c1_ptr, k0_ptr, k1_ptr, r_ptr,
@@ -218,13 +210,13 @@ def _write_kernel(
                 behind = column - C // 2
                 tl.store(c1_ptr + slot * s_c + behind, latent, mask=(behind >= 0) & (column < C))
                 key = slot * s_k + i
-                _turn(row + C + step * i, other, cos, sin, k0_ptr + key, k1_ptr + key, real)
+                turn(row + C + step * i, other, cos, sin, k0_ptr + key, k1_ptr + key, real)
         else:
             heads = (tl.program_id(1) - 1) * HEADS + tl.arange(0, HEADS)
             pairs = q_ptr + (b.to(tl.int64) * sq_b + t * sq_t + heads * sq_h)[:, None] + step * i[None, :]
             turned = r_ptr + ((heads * B + b).to(tl.int64) * T + t)[:, None] * R + i[None, :]
             inside = (heads < H)[:, None] & real[None, :]
-            _turn(pairs, other, cos[None, :], sin[None, :], turned, turned + half, inside)
+            turn(pairs, other, cos[None, :], sin[None, :], turned, turned + half, inside)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::write_latents", mutates_args=("c", "k"))

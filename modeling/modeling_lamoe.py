@@ -15,7 +15,6 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.generation import GenerationMixin
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
@@ -27,7 +26,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import LamoeAttention, LamoeRMSNorm, LamoeRotaryEmbedding, decode_view
-from .attention_choice import find_documents
+from .attention_choice import documents_or_mask
 from .cache import GrowingCache
 from .configuration_lamoe import LamoeConfig
 from .correction import move_biases, summed_over_ranks
@@ -322,18 +321,11 @@ class LamoeModel(MTPModelMixin, LamoePreTrainedModel):
                 self.config, inputs_embeds, attention_mask, past_key_values, packed_ids, mla_form, kwargs
             )
         causal_mask = None
-        if view is None and prompt is None:
-            causal_mask = find_documents(
-                self.config, inputs_embeds, attention_mask, packed_ids, past_key_values, mla_form, kwargs
-            )
-        if view is None and causal_mask is None and (prompt is None or prompt.ready):
-            causal_mask = create_causal_mask(
-                config=self.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                position_ids=packed_ids,
-            )
+        if view is None and (prompt is None or prompt.ready):
+            causal_mask = documents_or_mask(
+                self.config, inputs_embeds, attention_mask, packed_ids, past_key_values, mla_form, kwargs,
+                masked=prompt is not None,
+            )  # fmt: skip
         if use_cache and past_key_values is None:  # not before: with any cache the mask ignores packing
             past_key_values = GrowingCache(config=self.config)
         token_mask = None

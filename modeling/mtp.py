@@ -10,12 +10,11 @@ Letters: B sequences, T tokens each, D hidden, W vocabulary.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention import LamoeRMSNorm, decode_view
-from .attention_choice import find_documents
+from .attention_choice import documents_or_mask
 from .losses import next_token_loss, router_losses
 from .moe import Routing
 from .projections import unreadable_weight
@@ -126,15 +125,7 @@ class MTPModelMixin:
             view = None
         mask = None
         if view is None:
-            mask = find_documents(self.config, embeds, attention_mask, packed_ids, past_key_values, None, kwargs)
-        if view is None and mask is None:
-            mask = create_causal_mask(
-                config=self.config,
-                inputs_embeds=embeds,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                position_ids=packed_ids,
-            )
+            mask = documents_or_mask(self.config, embeds, attention_mask, packed_ids, past_key_values, None, kwargs)
         return layer(
             embeds,
             hidden_states,

@@ -4,12 +4,15 @@ Transformers' loss holds both: at a vocabulary of 102,400 that is 800 kB a token
 than ten decoder layers of V2-Lite keep. Letters: X targets, W vocabulary.
 """
 
-from types import SimpleNamespace
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+try:
+    from .kernels_loss import losses, losses_gradient
+except ImportError:
+    losses = losses_gradient = None  # and neither is called
 
 CHUNK = 2**26  # logits that are in float32 at once: 256 MiB
 
@@ -43,9 +46,8 @@ class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits_XW, target_X, ignore_index):
         ctx.ignore_index = ignore_index
-        fused = _fused(logits_XW)
-        if fused is not None:
-            loss_X, mass_X = fused.losses(logits_XW, target_X, ignore_index)
+        if _fused(logits_XW):
+            loss_X, mass_X = losses(logits_XW, target_X, ignore_index)
             ctx.save_for_backward(logits_XW, target_X, mass_X)
             return loss_X.sum()
         total, masses = logits_XW.new_zeros((), dtype=torch.float32), []
@@ -61,9 +63,8 @@ class _CrossEntropySum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dtotal):
         logits_XW, target_X, *masses = ctx.saved_tensors
-        fused = _fused(logits_XW)
-        if fused is not None:
-            return fused.losses_gradient(dtotal, logits_XW, target_X, *masses, ctx.ignore_index), None, None
+        if _fused(logits_XW):
+            return losses_gradient(dtotal, logits_XW, target_X, *masses, ctx.ignore_index), None, None
         dlogits = torch.empty_like(logits_XW)
         pieces = dlogits.split(_rows(logits_XW))
         for piece, (part, target), mass in zip(pieces, _chunks(logits_XW, target_X), masses, strict=True):
@@ -74,15 +75,9 @@ class _CrossEntropySum(torch.autograd.Function):
         return dlogits, None, None
 
 
-def _fused(logits_XW: Tensor):
-    """The kernels that do it on a GPU in two passes over the logits; None if they do not run here."""
-    if not logits_XW.is_cuda or not logits_XW.is_contiguous():
-        return None
-    try:
-        from .kernels_loss import losses, losses_gradient
-    except ImportError:
-        return None
-    return SimpleNamespace(losses=losses, losses_gradient=losses_gradient)
+def _fused(logits_XW: Tensor) -> bool:
+    """Whether the kernels do it, in two passes over the logits."""
+    return losses is not None and logits_XW.is_cuda and logits_XW.is_contiguous()
 
 
 def _rows(logits_XW: Tensor) -> int:

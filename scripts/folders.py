@@ -65,15 +65,16 @@ def last_checkpoint(folder: Path) -> Path | None:
     return max(found)[1] if found else None
 
 
-def refuse_begun(folder: str | Path, resume: bool, overwrite: bool):
-    """Raise a ValueError where `training_folder` would, without touching anything, but for what was told before."""
+def refuse_begun(folder: str | Path, resume: bool, overwrite: bool) -> Path:
+    """`<folder>.training`; raises a ValueError where `training_folder` would, but for other arguments."""
     work = refuse_full(folder, overwrite).absolute()
     work = work.with_name(f"{work.name}.training")
-    if work.is_dir() and last_checkpoint(work) is not None and not (resume or overwrite):
+    if last_checkpoint(work) is not None and not (resume or overwrite):
         raise ValueError(
             f"{work} holds the checkpoints of an unfinished training; continue it with --resume, or begin anew with "
             "--overwrite."
         )
+    return work
 
 
 @contextmanager
@@ -87,10 +88,8 @@ def training_folder(folder: str | Path, arguments: dict, resume: bool, overwrite
         ValueError: as `refuse_full`; or it holds checkpoints, and neither `resume` nor `overwrite` is given; or
             those of other arguments, and `resume` is given.
     """
-    refuse_begun(folder, resume, overwrite)
-    work = Path(folder).absolute()
-    work = work.with_name(f"{work.name}.training")
-    if resume and work.is_dir() and last_checkpoint(work) is not None:
+    work = refuse_begun(folder, resume, overwrite)
+    if resume and last_checkpoint(work) is not None:
         _refuse_other_arguments(work, arguments)
     else:
         shutil.rmtree(work, ignore_errors=True)
