@@ -9,6 +9,7 @@ import copy
 import weakref
 from types import SimpleNamespace
 
+import torch
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.utils import CudaGraphBuffer, stream_context
@@ -155,6 +156,9 @@ class PagedRunner(ModelRunner):
         """Run or replay the batch; a replay's checksums are sent to the host, for `settle`."""
         self._forget_stale(model)
         io = self.inputs_and_outputs
+        if io.compute_stream is not None:
+            # Transformers fills the inputs on this stream, and a replay can be faster than the last of these copies.
+            io.compute_stream.wait_stream(torch.cuda.current_stream(model.device))
         graph = io.get_graph() if self._get_forward_fn(io.use_block_table)[1] else None
         super().compute_batch(model, batch_data)
         checksums = self.checksums.get(graph)

@@ -372,7 +372,7 @@ def pair(
 ):  # fmt: skip
     """Our model of this shape with random weights, and the native class over the very same tensors."""
     config = LamoeConfig.from_preset(preset, eos_token_id=None, pad_token_id=0)
-    config.num_hidden_layers = layers or config.num_hidden_layers
+    config.num_hidden_layers, config.num_nextn_predict_layers = layers or config.num_hidden_layers, 0
     if dense_layers is not None:
         config.first_k_dense_replace, config.vocab_size = dense_layers, 64
     if dense:
@@ -382,7 +382,11 @@ def pair(
     written = config.serving_dict()
     model_type, _ = config.native_form()
     kept = {k: v for k, v in written.items() if k not in ("auto_map", "architectures", "model_type")}
-    native_config = (Glm4MoeLiteConfig if preset.startswith("glm") else _NATIVE[model_type])(**copy.deepcopy(kept))
+    if preset.startswith("glm"):
+        kinds = ["sparse" if layer in config.moe_layers else "dense" for layer in range(config.num_hidden_layers)]
+        native_config = Glm4MoeLiteConfig(**copy.deepcopy(kept), mlp_layer_types=kinds)
+    else:
+        native_config = _NATIVE[model_type](**copy.deepcopy(kept))
     with torch.device("meta"):
         native = AutoModelForCausalLM.from_config(native_config, dtype=dtype).eval()
     native.load_state_dict(ours.state_dict(), assign=True)

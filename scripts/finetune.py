@@ -275,7 +275,7 @@ def has_mtp(folder: Path, config) -> bool:
     return bool(prefixes) and any(name.startswith(prefixes) for name in checkpoint_tensors(folder))
 
 
-def load_model(arguments: Arguments, folder: Path, config, precision: str, console: Console):
+def load_model(arguments: Arguments, folder: Path, config, precision: str):
     """The model in `folder`: Lamoe's class where it reads the family, else Transformers' own.
 
     Raises:
@@ -291,7 +291,7 @@ def load_model(arguments: Arguments, folder: Path, config, precision: str, conso
             layer.requires_grad_(False)  # TRL's losses do not reach them
     model.name_or_path = model.config.name_or_path = arguments.model  # not the folder of a download: adapters name it
     if arguments.boost:
-        console.print(str(lamoe.boost(model)), markup=False, highlight=False)
+        lamoe.boost(model)
     return model
 
 
@@ -426,7 +426,7 @@ def main(arguments: Arguments):
         last = last_checkpoint(work)
         # Trainer resumes by load_state_dict, which knows nothing of native experts with one tensor each on disk.
         source = last if last and not arguments.lora else checkpoint
-        model = load_model(arguments, source, config, precision, console)
+        model = load_model(arguments, source, config, precision)
         before_training = {name: getattr(model.config, name, None) for name in SAVED}
         if not arguments.lora and arguments.router == "frozen":
             freeze_routers(model)
@@ -444,7 +444,7 @@ def main(arguments: Arguments):
         if arguments.method == "grpo":
             needed["reward_funcs"] = [find_reward(name) for name in arguments.reward]
         elif arguments.method == "dpo" and lora is None:
-            needed["ref_model"] = load_model(arguments, checkpoint, config, precision, console)
+            needed["ref_model"] = load_model(arguments, checkpoint, config, precision)
         trainer_class, _ = TRAINERS[arguments.method]
         trainer = trainer_class(
             model=model,
@@ -457,6 +457,8 @@ def main(arguments: Arguments):
         )
         report_last(trainer)
         refuse_swapped_targets(trainer, arguments.targets)
+        if arguments.boost:  # again: what runs depends on the adapters, and on the device that the trainer moved it to
+            console.print(str(lamoe.boost(trainer.model)), markup=False, highlight=False)
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         console.print(
             f"Training {trained:,} of {sum(parameter.numel() for parameter in model.parameters()):,} weights."

@@ -140,6 +140,28 @@ def graphs(monkeypatch):
     return made
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("recorded", [True, False])
+def test_gpu_waits_for_inputs(model, expected, reads, graphs, monkeypatch, recorded):
+    """Transformers fills a batch's inputs on another stream than it runs on: here, long after they are wanted."""
+    prepare = ContinuousBatchingIOs.prepare_batch_tensors
+
+    def late(self, *arguments, **options):
+        prepare(self, *arguments, **options)
+        inputs = [self._bulk_input_tensor, self.block_table, self.write_index_storage, self.read_index_storage]
+        right = [x.clone() for x in inputs]
+        for x in inputs:
+            x.zero_()
+        torch.cuda._sleep(10**7)  # cycles: some milliseconds
+        for x, values in zip(inputs, right, strict=True):
+            x.copy_(values)
+
+    monkeypatch.setattr(ContinuousBatchingIOs, "prepare_batch_tensors", late)
+    assert batched(model, use_cuda_graph=recorded and None) == expected
+    assert bool(graphs) == recorded
+
+
 @pytest.mark.parametrize("blocks, way", [(None, "table"), (5, "table"), (0, "list")])
 def test_tokens_are_those_of_generate(model, expected, reads, blocks, way):
     assert batched(model, max_blocks_per_request=blocks, use_cuda_graph=False) == expected

@@ -214,6 +214,8 @@ def test_caches_give_equal_tokens(ours, cache):
 @pytest.mark.parametrize("backend", ["fp8", "quanto"])
 def test_a_quantised_cache_is_near(ours, backend):
     options = {"backend": backend}
+    if backend == "fp8" and torch.tensor(470.0).to(torch.float8_e4m3fn).isnan():
+        pytest.skip("Transformers keeps the first tokens' scale, and what exceeds it is NaN in PyTorch before 2.13")
     if backend == "quanto":
         pytest.importorskip("optimum.quanto")
         options |= {"nbits": 4, "q_group_size": 16, "residual_length": 4}

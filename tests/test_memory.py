@@ -170,6 +170,15 @@ def test_cases_and_their_text(tmp_path, monkeypatch):
     assert first.shape == (2, 64) and int(first.max()) < 400 and not torch.equal(first, second)
 
 
+@pytest.mark.parametrize("preset", LamoeConfig.presets())
+@pytest.mark.parametrize("options", [{"dense": True}, {"dense_layers": 0}, {"dense_layers": 1}], ids=str)
+def test_rivals_share_their_weights(preset, options):
+    from lamoe.scripts.benchmark import pair
+
+    ours, native = pair(preset, 1, "meta", torch.bfloat16, **options)
+    assert ours.state_dict().keys() == native.state_dict().keys()
+
+
 def test_adapters_are_the_same_for_both_and_train_alone():
     from lamoe.scripts.benchmark import pair
 

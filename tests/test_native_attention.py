@@ -127,6 +127,8 @@ def test_every_family_generates_the_tokens_of_its_stock_class(name, taken):
 def test_ways_of_decoding_give_the_stock_tokens(name, options, taken):
     if "offloaded" in options.values() and not GPU:
         pytest.skip("Transformers offloads from GPUs only")
+    if "offloaded" in options.values() and name == "deepseek_v32":
+        pytest.skip("Transformers 5.23 moves all of this cache away but its indexer's keys, and the stock class fails")
     device = "cuda" if "offloaded" in options.values() else "cpu"
     model, inputs = latent_model(name).to(device), {key: x.to(device) for key, x in padded(14).items()}
     expected = generate(model, inputs, **options)
