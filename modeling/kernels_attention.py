@@ -370,10 +370,12 @@ def _latent_decode(
     if splits == 1:
         return to, lse
     out, C = q.new_empty(q.shape), q.shape[3]
-    block = min(C, 128)
+    # the order of a sum depends on how many are added at once, and the number of splits on the longest sequence
+    at_once = 16 if batch_invariant else min(16, triton.next_power_of_2(splits))
+    block = min(C, 2048 // at_once)
     with torch.cuda.device_of(q):
         _merge_kernel[(lse.numel(), C // block)](
-            to, masses, out, lse, splits, C=C, BLOCK=block, AT_ONCE=16, **overlapping(q)
+            to, masses, out, lse, splits, C=C, BLOCK=block, AT_ONCE=at_once, **overlapping(q)
         )
     return out, lse
 
