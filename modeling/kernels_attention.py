@@ -4,8 +4,12 @@ Letters: B batch, H heads, T new tokens, S slots a sequence may have, C latent r
 which defines the result, is attention.absorbed_attention. A latent tile is loaded once, for all H * T rows of queries,
 and is key and value at once. The keys of a sequence are split among programs, each keeps the maximum and the mass of
 its share, and a second launch merges them. Grids depend on shapes alone, so that CUDA graphs replay for other lengths.
+On Hopper kernels_wide.py has the first launch of more than 32 rows, where Triton has Gluon and the cache is such as it
+takes.
 """
 
+import functools
+import logging
 from typing import NamedTuple
 
 import torch
@@ -23,6 +27,7 @@ except ImportError as error:
         "The latent decode kernel needs Triton: pip install triton, or mla_implementation='eager'."
     ) from error
 
+logger = logging.getLogger(__name__)
 _NAMESPACE = __name__.replace(".", "_")  # two revisions of a checkpoint may share a process
 _INTERPRETED = triton.knobs.runtime.interpret  # the kernels below run in Python, on CPU tensors
 _LOG2E = 1.4426950408889634
@@ -314,6 +319,22 @@ def _splits(x: Tensor, tile: Tile, B: int, rows: int, S: int, batch_invariant: b
     return max(1, min(multiprocessors(x) // programs, S // (2 * tile.keys), _MOST_SPLITS))
 
 
+@functools.cache
+def _wide(device: torch.device) -> list:
+    """`fits` and `launch` of kernels_wide.py on a Hopper; nothing elsewhere, and where Triton has no Gluon for it.
+
+    A list, so that `split_decode` can empty it: Gluon is experimental, and another Triton may not compile the kernel.
+    """
+    if _INTERPRETED or device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device)[0] != 9:
+        return []
+    try:
+        from .kernels_wide import fits, launch
+    except Exception:
+        logger.debug("kernels_wide.py does not load with this Triton; _decode_kernel runs.", exc_info=True)
+        return []
+    return [fits, launch]
+
+
 def split_decode(
     q: Tensor, r: Tensor, c0: Tensor, c1: Tensor, k0: Tensor, k1: Tensor | None, lengths: Tensor, seen: Tensor | None,
     table: Tensor | None, starts: Tensor | None, page: int, longest: int, scaling: float, batch_invariant: bool,
@@ -334,21 +355,31 @@ def split_decode(
     RH = R if k1 is None else R // 2
     RP = max(16, triton.next_power_of_2(RH))
     halves = (c0, c1, k0, k1)
+    size = INVARIANT_KEYS if batch_invariant else 0
     rows_b = c0.stride(0) // c0.stride(-2) if table is None else 0
-    boxes = (None,) * 4
-    copied = tile.copied and RH in (0, RP) and page % tile.keys == 0 and _one_grid(halves, rows_b)
-    if copied:
-        slots = len(c0) if table is not None else (B - 1) * rows_b + c0.shape[1]
-        boxes = (None if half is None or not half.shape[-1] else _ragged(half, slots, tile.keys) for half in halves)
+    slots = len(c0) if table is not None else (B - 1) * rows_b + c0.shape[1]
+    one_grid = tile.copied and _one_grid(halves, rows_b)
+    # rotated keys of more than 64 columns do not fit into shared memory beside latents of 512
+    wide = _wide(q.device) if tile.rows == 64 and one_grid and starts is None and R <= 64 else []
     with torch.cuda.device_of(q):
+        if wide and wide[0](q.dtype, C, RH, page):
+            scale = scaling * _LOG2E
+            try:
+                wide[1](q, r, halves, slots, table, lengths, seen, to, masses, scale, splits, rows_b, page, size)
+                return to, masses, lse, splits
+            except Exception:  # the compiler's, that is; whatever else fails, the next launch meets it, too
+                logger.debug("kernels_wide.py does not compile with this Triton; _decode_kernel runs.", exc_info=True)
+                wide.clear()
+        copied = one_grid and RH in (0, RP) and page % tile.keys == 0
+        boxes = [_ragged(half, slots, tile.keys) if copied else None for half in halves]
         _decode_kernel[(triton.cdiv(H * T, tile.rows), splits, B)](
             q, r, *halves, *boxes, table, starts, lengths, seen, to, masses, scaling * _LOG2E, splits, rows_b,
             *q.stride()[:3], *r.stride()[:3], c0.stride(0), c0.stride(-2), k0.stride(0), k0.stride(-2),
             0 if table is None or starts is not None else table.stride(0), 0 if seen is None else seen.stride(0),
             H=H, T=T, CH=C // 2, RH=RH, RP=RP, K1=k1 is not None, PAGE=page, FLAT=starts is not None,
-            SEEN=seen is not None, SIZE=INVARIANT_KEYS if batch_invariant else 0, PARTS=parts,
-            PRECISION=dot_precision(q.dtype), ROWS=tile.rows, KEYS=tile.keys, STAGES=tile.stages,
-            TRANSPOSED=tile.transposed, COPIED=copied, num_warps=tile.warps, **overlapping(q),
+            SEEN=seen is not None, SIZE=size, PARTS=parts, PRECISION=dot_precision(q.dtype), ROWS=tile.rows,
+            KEYS=tile.keys, STAGES=tile.stages, TRANSPOSED=tile.transposed, COPIED=copied, num_warps=tile.warps,
+            **overlapping(q),
         )  # fmt: skip
     return to, masses, lse, splits
 
@@ -387,8 +418,10 @@ def _one_grid(halves: tuple[Tensor | None, ...], rows_b: int) -> bool:
     return even and all(half.data_ptr() % 16 == 0 and half.stride(-2) * half.itemsize % 16 == 0 for half in parts)
 
 
-def _ragged(half: Tensor, slots: int, keys: int):
+def _ragged(half: Tensor | None, slots: int, keys: int):
     """A descriptor of `keys` slots of one part of the cache that gives zeros behind a sequence's last."""
+    if half is None or not half.shape[-1]:
+        return None
     width = half.shape[-1]
     return create_ragged_descriptor(half.as_strided((slots, width), (half.stride(-2), 1)), [keys, width])
 

@@ -16,7 +16,15 @@ MAX_LINES = 600
 MODELING = (
     ("configuration_lamoe",),
     ("kernels_launch",),
-    ("kernels_plan", "kernels_router", "kernels_loss", "kernels_heads", "kernels_gated", "kernels_logits"),
+    (
+        "kernels_plan",
+        "kernels_router",
+        "kernels_loss",
+        "kernels_heads",
+        "kernels_gated",
+        "kernels_logits",
+        "kernels_wide",
+    ),
     ("kernels_gemm",),
     ("kernels_decode", "kernels_attention"),
     ("kernels_tiles", "kernels_step"),

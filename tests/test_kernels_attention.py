@@ -1,7 +1,12 @@
 """The decode kernel against softmax attention in float64: every cache, ragged lengths, padding, poison, invariance."""
 
+import importlib
+import sys
+
 import pytest
 import torch
+
+from tests.kernels import poison
 
 kernels = pytest.importorskip("lamoe.kernels_attention")
 latent_decode, latent_decode_pages = kernels.latent_decode, kernels.latent_decode_pages
@@ -11,13 +16,14 @@ DEVICE = "cuda" if GPU else "cpu"  # on CPU Triton interprets
 ULP = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 RUNS = 10 if GPU else 3
 SCALING = 0.2
+HOPPER = GPU and torch.version.hip is None and torch.cuda.get_device_capability()[0] == 9
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a GPU")]
 
 
 class Step:
     """Random queries and a cache of ragged lengths; what no sequence has written is NaN."""
 
-    def __init__(self, H, B, T, C, R, S, dtype=torch.float32, seen=False, seed=0):
+    def __init__(self, H, B, T, C, R, S, dtype=torch.float32, seen=False, seed=0, lengths=None):
         generator = torch.Generator().manual_seed(seed)
 
         def draw(*shape):
@@ -27,6 +33,8 @@ class Step:
         self.c, self.k = draw(B, S, C), draw(B, S, R)
         self.lengths = torch.randint(T, S + 1, (B,), generator=generator).to(DEVICE, torch.int32)
         self.lengths[0] = S
+        if lengths is not None:
+            self.lengths = torch.tensor(lengths, device=DEVICE, dtype=torch.int32)
         written = torch.arange(S, device=DEVICE) < self.lengths[:, None]
         for part in (self.c, self.k):
             part.masked_fill_(~written[..., None], float("nan"))
@@ -222,6 +230,127 @@ def test_refusal_off_the_gpu(monkeypatch):
         step.run()
 
 
+# What runs for many rows on a Hopper: kernels_wide.py's kernel, which the interpreter cannot run, or this file's.
+
+HOPPER_ROWS = {"H": 64, "B": 8, "T": 1, "C": 512, "R": 64, "S": 512}
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[str]:
+    """The kernels that `split_decode` launches from here on, as on a Hopper; none runs."""
+    from lamoe.kernels_wide import fits
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: names.append("_decode_kernel")
+
+    names = []
+    found = [fits, lambda *arguments: names.append("_wide_kernel")]
+    monkeypatch.setattr(kernels, "_decode_kernel", Kernel())
+    monkeypatch.setattr(kernels, "_device", lambda x: kernels.TABLE[90])
+    monkeypatch.setattr(kernels, "_wide", lambda device: found)
+    return names
+
+
+def launch(page=0, flat=False, room=0, shift=0, dtype=torch.bfloat16, batch_invariant=False, **shape):
+    """Launch a first stage over rows with `room` more slots for keys, `shift` numbers off the beginning; or pages."""
+    H, B, T, C, R, S = {**HOPPER_ROWS, **shape}.values()
+    q, r = torch.empty(H, B, T, C, dtype=dtype), torch.empty(H, B, T, R, dtype=dtype)
+    table = starts = None
+    if page:
+        first, second = (torch.empty(B * S, (C + R) // 2, dtype=dtype) for _ in range(2))
+        halves = first[:, : C // 2], second[:, : C // 2], first[:, C // 2 :], second[:, C // 2 :]
+        table, starts = torch.zeros(B, S // page, dtype=torch.int32), torch.zeros(B) if flat else None
+    else:
+        c = torch.empty(shift + B * S * C, dtype=dtype)[shift:].view(B, S, C)
+        halves = *c.chunk(2, -1), torch.empty(B, S + room, R, dtype=dtype)[:, :S], None
+    lengths = torch.ones(B, dtype=torch.int32)
+    kernels.split_decode(q, r, *halves, lengths, None, table, starts, page, S, SCALING, batch_invariant)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"H": 128}, {"H": 33}, {"H": 20, "T": 4}, {"dtype": torch.float16}, {"batch_invariant": True}, {"B": 1},
+        {"C": 256, "R": 32}, {"C": 128}, {"page": 64}, {"page": 256}, {"page": 64, "R": 32}, {"page": 64, "R": 0},
+        {"S": 128, "B": 200},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_many_rows_take_the_wide_kernel(asked, options):
+    launch(**options)
+    assert asked == ["_wide_kernel"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"H": 32}, {"H": 16, "T": 2}, {"dtype": torch.float32}, {"C": 64}, {"R": 8}, {"R": 128}, {"page": 16},
+        {"page": 32}, {"page": 64, "flat": True}, {"page": 64, "R": 16}, {"page": 64, "R": 128}, {"room": 8},
+        {"shift": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_the_wide_kernel_does_not_take(asked, options):
+    launch(**options)
+    assert asked == ["_decode_kernel"]
+
+
+def test_a_kernel_that_does_not_compile_is_tried_once(asked):
+    """Gluon is experimental: its names and signatures may differ in another Triton."""
+    found, tries = kernels._wide(None), []
+
+    def fail(*arguments):
+        tries.append(arguments)
+        raise TypeError("async_load() got an unexpected keyword argument")
+
+    found[1] = fail
+    for _ in range(2):
+        launch()
+    assert asked == ["_decode_kernel"] * 2 and len(tries) == 1
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Look for the wide kernel as on a GPU of some compute capability, with its module imported anew."""
+    monkeypatch.setattr(kernels, "_INTERPRETED", False)
+    monkeypatch.delitem(sys.modules, "lamoe.kernels_wide", raising=False)
+
+    def load(major=9, device="cuda"):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+        return kernels._wide.__wrapped__(torch.device(device))
+
+    return load
+
+
+def test_the_wide_kernel_is_for_hopper(load, monkeypatch):
+    assert load(8) == load(10) == load(12) == load(9, "cpu") == []
+    assert "lamoe.kernels_wide" not in sys.modules  # nothing of Gluon runs where it is of no use
+    assert [function.__name__ for function in load()] == ["fits", "launch"]
+    monkeypatch.setattr(kernels, "_INTERPRETED", True)
+    assert load() == []
+    monkeypatch.setattr(kernels, "_INTERPRETED", False)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert load() == []
+
+
+GLUON = "triton.experimental.gluon.language.nvidia.hopper"
+
+
+@pytest.mark.parametrize("missing", ["triton.experimental.gluon", GLUON, "triton.experimental.gluon.nvidia.hopper"])
+def test_a_triton_without_gluon_for_hopper(load, monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ImportError, match="The wide decode kernel needs a Triton with Gluon for Hopper: pip install"):
+        importlib.import_module("lamoe.kernels_wide")
+    assert load() == []
+
+
+def test_a_gluon_with_other_names(load, monkeypatch):
+    for name in ("async_load", "async_copy_global_to_shared"):
+        monkeypatch.delattr(f"{GLUON}.tma.{name}", raising=False)
+    assert load() == []
+
+
 # What needs a GPU.
 
 WIDTHS = [(512, 64), (256, 64), (128, 32), (512, 0), (512, 32)]
@@ -269,8 +398,9 @@ def test_gpu_a_row_alone_equals_the_row_in_a_batch_of_128(H):
 
 
 @gpu
-def test_gpu_graph_replays_for_other_lengths():
-    step = Step(16, 4, 1, 512, 64, 2000, torch.bfloat16)
+@pytest.mark.parametrize("H", [16, 128])
+def test_gpu_graph_replays_for_other_lengths(H):
+    step = Step(H, 4, 1, 512, 64, 2000, torch.bfloat16)
     step.run()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -281,3 +411,89 @@ def test_gpu_graph_replays_for_other_lengths():
         step.lengths.copy_(torch.tensor(lengths))
         graph.replay()
         assert torch.equal(out, step.run()[0])
+
+
+@pytest.fixture
+def launches(monkeypatch) -> list[int]:
+    """How many splits each launch of the wide kernel had, from here on; one that fails does not count."""
+    (fits, real), splits = kernels._wide(torch.empty(0, device=DEVICE).device), []
+
+    def count(*arguments):
+        real(*arguments)
+        splits.append(arguments[10])
+
+    monkeypatch.setattr(kernels, "_wide", lambda device, found=[fits, count]: found)
+    return splits
+
+
+def on_hopper(function):
+    return gpu(pytest.mark.skipif(not HOPPER, reason="needs a Hopper")(function))
+
+
+@on_hopper
+@pytest.mark.parametrize(
+    "H, T, C, R, dtype",
+    [
+        *((H, T, 512, 64, torch.bfloat16) for H, T in ((64, 1), (128, 1), (20, 4), (5, 8))),
+        *((64, 1, C, R, torch.bfloat16) for C, R in WIDTHS[1:]),
+        (64, 1, 512, 64, torch.float16),
+    ],
+)  # fmt: skip
+def test_gpu_wide_kernel(H, T, C, R, dtype, launches, monkeypatch):
+    """In several splits and in one, some empty, some of one key; with memory poisoned that nobody has written."""
+    poison(monkeypatch)
+    rows = 1 if R else 0  # of no width they are no grid
+    long, many = [3000, T, 64, 65, 1024, 1025, 2999, 700], [T, T, 63, 64, 65, 127, 128, 129, 130, 100] * 7
+    for S, lengths, calls in ((3000, long, ((64, {}), (256, {"batch_invariant": True}))), (130, many, ((256, {}),))):
+        for seen in (False, True):
+            step = Step(H, len(lengths), T, C, R, S, dtype, seen=seen, lengths=lengths)
+            for page, options in calls:
+                del launches[:]
+                assert_within_budget(step.run(**options), step)
+                if not seen:
+                    assert_within_budget(step.pages(page, **options), step)
+                assert len(launches) == rows + (not seen)
+                assert all((splits > 1) == (S == 3000) for splits in launches)
+
+
+@on_hopper
+def test_gpu_wide_kernel_of_fewer_keys_than_a_tile(launches):
+    step = Step(64, 4, 1, 512, 64, 40, torch.bfloat16, lengths=[40, 0, 1, 39])
+    out, lse = step.run(batch_invariant=True)
+    assert_within_budget((out, lse), step)
+    assert launches == [1] and not out[:, 1].any() and (lse[:, 1] == float("-inf")).all()
+
+
+@on_hopper
+def test_gpu_what_the_wide_kernel_does_not_take(launches):
+    step = Step(64, 8, 1, 512, 64, 1000, torch.bfloat16)
+    for got in (step.pages(16), step.pages(1, flat=True)):
+        assert_within_budget(got, step)
+    both = torch.full((8, 1000, 577), float("nan"), device=DEVICE, dtype=torch.bfloat16)
+    both[..., :512], both[..., 512:576] = step.c, step.k
+    step.c, step.k = both[..., :512], both[..., 512:576]  # slots of no whole 16 bytes
+    assert_within_budget(step.run(), step)
+    wide = Step(64, 8, 1, 512, 128, 1000, torch.bfloat16)
+    assert_within_budget(wide.run(), wide)
+    assert_within_budget(wide.pages(64), wide)
+    assert not launches
+
+
+@on_hopper
+@pytest.mark.parametrize("H", [64, 128])
+def test_gpu_wide_kernel_runs_are_equal_bit_for_bit(H, launches):
+    step = Step(H, 16, 1, 512, 64, 2000, torch.bfloat16)
+    for call in (step.run, lambda: step.pages(64)):
+        first = call()
+        for _ in range(RUNS - 1):
+            assert all(torch.equal(a, b) for a, b in zip(call(), first, strict=True))
+    assert len(launches) == 2 * RUNS and min(launches) > 1
+
+
+@on_hopper
+def test_gpu_a_kernel_that_does_not_compile_leaves_the_other(monkeypatch):
+    found = [lambda *arguments: True, lambda *arguments: [][0]]
+    monkeypatch.setattr(kernels, "_wide", lambda device: found)
+    step = Step(64, 8, 1, 512, 64, 1000, torch.bfloat16)
+    assert_within_budget(step.run(), step)
+    assert not found
