@@ -188,8 +188,8 @@ def test_a_layer_takes_both(monkeypatch):
             assert torch.equal(recompute.exact_linear(*leaves[:2]), logits)
         found.append([logits, out, *(leaf.grad for leaf in leaves), projection.weight.grad.clone()])
         projection.weight.grad = None
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-2, atol=2e-2)
+    for a, b in zip(*found, strict=True):  # the kernels round once, the eager form after each operation
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-2 * a.abs().max().item())
     torch.testing.assert_close(*(results[0] for results in found), rtol=1e-5, atol=1e-5)
 
 
