@@ -27,7 +27,7 @@ from .pages import PagedStep, layer_slots, paged_step
 from .precision import KeepsFloat32
 from .prefill import Prompt, attention_by_heads
 from .projections import effective_weight, uncomputable_weight
-from .recompute import trains_eagerly
+from .recompute import trains_eagerly, two_linears
 
 logger = logging.get_logger(__name__)
 
@@ -342,9 +342,8 @@ class LamoeAttention(nn.Module):
         if prompt is not None:
             out = self._by_heads(hidden_states, position_embeddings, attention_mask, past_key_values, prompt, kwargs)
             return out, None
-        queries = self._queries(hidden_states)
+        queries, latents = self._queries_and_latents(hidden_states)
         q_BHTP, q_BHTR = queries.split(self.query_widths, dim=-1)
-        latents = self.kv_a_proj_with_mqa(hidden_states)
         if view is not None and (view.growing or view.paged):
             written = self._write(latents, q_BHTR, position_embeddings, past_key_values, view, kwargs.get("cache"))
             return self.o_proj(self._decode(q_BHTP, *written, view)), None
@@ -377,9 +376,15 @@ class LamoeAttention(nn.Module):
             return self.q_proj, hidden_states
         return self.q_b_proj, self.q_a_layernorm(self.q_a_proj(hidden_states))
 
-    def _queries(self, hidden_states: Tensor) -> Tensor:
-        projection, x = self._query_projection(hidden_states)
-        return projection(x).unflatten(-1, (-1, sum(self.query_widths))).transpose(1, 2)  # heads are fewer under TP
+    def _queries_and_latents(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries [B, H, T, P + R], and what latents and rotary keys are cut from, [B, T, C + R]."""
+        if self.config.q_lora_rank is None:
+            queries, latents = two_linears(hidden_states, self.q_proj, self.kv_a_proj_with_mqa)
+        else:
+            queries, latents = two_linears(hidden_states, self.q_a_proj, self.kv_a_proj_with_mqa)
+            queries = self.q_b_proj(self.q_a_layernorm(queries))
+        # heads are fewer under TP
+        return queries.unflatten(-1, (-1, sum(self.query_widths))).transpose(1, 2), latents
 
     def _update_pages(self, c: Tensor, k: Tensor, pages, kwargs) -> tuple[Tensor, Tensor]:
         """Continuous batching: a half of c and of k lies in the pages' key slots, the others in their value slots."""

@@ -17,7 +17,7 @@ from transformers.integrations import use_experts_implementation
 
 from .experts import DEFAULT_OPTIONS, NAME, activation_name, describe, lamoe_experts_forward
 from .precision import KeepsFloat32
-from .recompute import exact_linear, gated_linear
+from .recompute import exact_linear, gated_linear, two_linears
 
 FEW_LOGITS = 2**14  # a layer's logits that are kept until all layers' are summed in one launch
 
@@ -330,7 +330,7 @@ class LamoeMLP(nn.Module):
         self.numbers_a_token = 3 * intermediate_size + 3 * config.hidden_size  # that are held at once, about
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
+        gate, up = two_linears(hidden_states, self.gate_proj, self.up_proj)
         return gated_linear(gate, up, self.down_proj, self.act_fn, activation_name(self.act_fn) == "silu")
 
 

@@ -1,4 +1,4 @@
-"""Operations that keep less for their backward than PyTorch would, and make the rest again: same values, fewer bytes.
+"""Operations whose backward keeps fewer bytes than PyTorch's, or goes over them less often: same values.
 
 Letters: N tokens, D hidden, F feed-forward width, E experts. What each saves is in bytes a token at bfloat16.
 """
@@ -24,6 +24,13 @@ def trains_eagerly() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
+def trains_plain(module: nn.Module, x: Tensor) -> bool:
+    """Whether eager training may compute what a linear layer does without calling it: no hooks, and no bias."""
+    if not trains_eagerly() or unreadable_weight(module, x) is not None:
+        return False
+    return module.bias is None and not (module._backward_hooks or module._backward_pre_hooks)
+
+
 def gated_linear(gate: Tensor, up: Tensor, projection: nn.Module, act_fn, silu: bool) -> Tensor:
     """`projection(act_fn(gate) * up)`; keeps gate and up alone, not the two products of them (4 F bytes a token less).
 
@@ -32,8 +39,7 @@ def gated_linear(gate: Tensor, up: Tensor, projection: nn.Module, act_fn, silu: 
         projection: the layer behind; one that is wrapped, hooked or sharded is called, and then all is kept.
         silu: whether `act_fn` is SiLU; any other activation is computed as ever.
     """
-    plain = silu and trains_eagerly() and unreadable_weight(projection, gate) is None
-    if not plain or projection.bias is not None or projection._backward_hooks or projection._backward_pre_hooks:
+    if not silu or not trains_plain(projection, gate):
         return projection(act_fn(gate) * up)
     return _GatedLinear.apply(gate, up, projection.weight.to(gate.dtype))  # autocast would cast it just so
 
@@ -67,6 +73,50 @@ class _GatedLinear(torch.autograd.Function):
             dup = dproduct * opened
             dgate = torch.ops.aten.silu_backward(dproduct * up, gate)
         return dgate, dup, dweight
+
+
+def two_linears(x: Tensor, first: nn.Module, second: nn.Module) -> tuple[Tensor, Tensor]:
+    """`first(x)` and `second(x)`; where both are plain, x's gradients are added within a product, not by a pass.
+
+    Args:
+        x: [..., D], differentiable; kept where a weight needs a gradient, as ever.
+    """
+    if not trains_plain(first, x) or not trains_plain(second, x) or not _one_dtype(x, first.weight, second.weight):
+        return first(x), second(x)
+    return _TwoLinears.apply(x, first.weight, second.weight)
+
+
+def _one_dtype(x: Tensor, *weights: Tensor) -> bool:
+    """Whether all are of the dtype that products are computed in."""
+    kind = x.device.type
+    if x.is_meta or (torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype):
+        return False
+    return all(weight.dtype == x.dtype for weight in weights)
+
+
+class _TwoLinears(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, *weights):
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[1:]) else None, *weights)
+        ctx.set_materialize_grads(False)
+        ctx.shape = x.shape
+        return tuple(F.linear(x, weight) for weight in weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *dys):
+        x, *weights = ctx.saved_tensors
+        of_x, *of_weights = ctx.needs_input_grad
+        dx, dweights = None, [None, None]
+        for i, (dy, weight) in enumerate(zip(dys, weights, strict=True)):
+            if dy is None:
+                continue
+            rows = dy.flatten(0, -2)
+            if of_x:
+                dx = rows @ weight if dx is None else dx.addmm_(rows, weight)
+            if of_weights[i]:
+                dweights[i] = rows.mT @ x.flatten(0, -2)
+        return None if dx is None else dx.view(ctx.shape), *dweights
 
 
 def exact_linear(x_ND: Tensor, weight_ED: Tensor) -> Tensor:

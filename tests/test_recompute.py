@@ -12,7 +12,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from lamoe import LamoeForCausalLM, token_loss
 from lamoe.experts import ExpertOptions, expert_options
 from lamoe.moe import LamoeMLP, LamoeTopkRouter, Routing
-from lamoe.recompute import exact_linear, gated_linear
+from lamoe.recompute import exact_linear, gated_linear, two_linears
 from lamoe.token_loss import logits_loss
 from tests.kernels import assert_within_budget
 from tests.test_moe import make_config
@@ -68,6 +68,87 @@ def test_gated_linear_leaves_what_it_cannot_read_alone(change):
     torch.testing.assert_close(out, projection(act(gate) * up))
     assert len(called) == (2 if change == "hook" else 0)
     assert "GatedLinear" not in str(out.grad_fn)
+
+
+@pytest.mark.parametrize("frozen", [(), (0,), (1,), (2,), (1, 2)], ids=str)
+def test_two_linears_have_plain_gradients_and_keep_what_plain_ones_do(frozen):
+    first, second = (nn.Linear(6, width, bias=False).double() for width in (4, 5))
+    x = torch.randn(2, 3, 6, dtype=torch.double)
+    leaves = [x, first.weight, second.weight]
+    for i, leaf in enumerate(leaves):
+        leaf.requires_grad_(i not in frozen)
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    outs = {
+        "both": lambda run: torch.cat(run(), dim=-1), "first": lambda run: run()[0], "second": lambda run: run()[1],
+        "views": lambda run: run()[0].sum() + run()[1].sum(dim=-1),
+    }  # fmt: skip
+    lean, plain = (lambda: two_linears(x, first, second)), (lambda: (first(x), second(x)))
+    assert "TwoLinears" in str(lean()[0].grad_fn)
+    for name, out in outs.items():
+        got, expected = (
+            torch.autograd.grad(out(run).square().sum(), wanted, allow_unused=True)
+            if out(run).requires_grad
+            else [None] * len(wanted)
+            for run in (lean, plain)
+        )
+        assert [g is None for g in got] == [g is None for g in expected], name
+        for a, b in zip(got, expected, strict=True):
+            assert a is None or (a.shape == b.shape and torch.allclose(a, b)), name
+    weights = (first.weight, second.weight)
+    assert kept_bytes(lean, *weights) == kept_bytes(plain, *weights) == (0 if frozen == (1, 2) else x.nbytes)
+
+
+@pytest.mark.parametrize("change", ["hook", "backward hook", "bias", "wrapped", "dtype", "no_grad"])
+def test_two_linears_leave_what_they_cannot_read_alone(change):
+    called = []
+    first, second = (nn.Linear(6, width, bias=change == "bias" and width == 5) for width in (4, 5))
+    if change == "hook":
+        second.register_forward_hook(lambda *_: called.append(1))
+    elif change == "backward hook":
+        second.register_full_backward_hook(lambda *_: called.append(1))
+    elif change == "wrapped":
+        second = nn.Sequential(second)
+    x = torch.randn(3, 6, requires_grad=True)
+    with torch.set_grad_enabled(change != "no_grad"), torch.autocast("cpu", dtype=BF16, enabled=change == "dtype"):
+        outs = two_linears(x, first, second)
+        torch.testing.assert_close(outs, (first(x), second(x)))
+    assert "TwoLinears" not in str(outs[0].grad_fn) + str(outs[1].grad_fn)
+    assert len(called) == 2 * (change == "hook")
+    if change == "backward hook":
+        outs[1].sum().backward()
+        assert called
+
+
+def nodes(out: torch.Tensor) -> list[str]:
+    """Names of all nodes of a graph."""
+    seen, todo = set(), [out.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [after for after, _ in node.next_functions]
+    return [node.name() for node in seen]
+
+
+@pytest.mark.parametrize("changes", [{}, {"q_lora_rank": 12}, {"attention_bias": True, "q_lora_rank": 12}], ids=str)
+def test_layers_add_gradients_within_products(changes):
+    """Attention and the feed-forward, each with two linear layers of the same, but for biased ones; eagerly alone."""
+    model, ids = LamoeForCausalLM(make_config(**changes)).train(), torch.arange(12).view(2, 6)
+    model.set_experts_implementation("eager")
+    found = nodes(model(ids, labels=ids, use_cache=False).loss)
+    assert found.count("_TwoLinearsBackward") == (3 if "attention_bias" in changes else 6)
+    model.model.layers[1].self_attn.kv_a_proj_with_mqa.register_forward_hook(lambda *_: None)
+    again = nodes(model(ids, labels=ids, use_cache=False).loss)
+    assert again.count("_TwoLinearsBackward") == (3 if "attention_bias" in changes else 5)
+
+
+def test_a_feed_forward_keeps_its_input_gate_and_up():
+    mlp, x = LamoeMLP(make_config(), 24).double(), torch.randn(5, make_config().hidden_size, dtype=torch.double)
+    x.requires_grad_()
+    plain = lambda: mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))  # noqa: E731
+    leaves = (x, *mlp.parameters())
+    torch.testing.assert_close(gradients(lambda: mlp(x), *leaves), gradients(plain, *leaves))
+    assert kept_bytes(lambda: mlp(x), *mlp.parameters()) == x.nbytes + 2 * 5 * 24 * 8
 
 
 def test_feed_forward_under_autocast_has_the_gradients_of_autocast():
