@@ -27,7 +27,7 @@ from .pages import PagedStep, layer_slots, paged_step
 from .precision import KeepsFloat32
 from .prefill import Prompt, attention_by_heads
 from .projections import effective_weight, uncomputable_weight
-from .recompute import trains_eagerly, two_linears
+from .recompute import fuses_norm, residual_norm, trains_eagerly, trains_plain, two_linears
 
 logger = logging.get_logger(__name__)
 
@@ -52,6 +52,14 @@ class LamoeRMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+def add_and_norm(norm: nn.Module, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`x + added`, or x, and `norm` of that, both [..., D]."""
+    if trains_plain(norm, x, LamoeRMSNorm) and fuses_norm(x, added, norm.weight):
+        return residual_norm(x, added, norm.weight, norm.variance_epsilon)
+    total = x if added is None else x + added
+    return total, norm(total)
 
 
 class LamoeRotaryEmbedding(KeepsFloat32, nn.Module):

@@ -25,7 +25,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention import LamoeAttention, LamoeRMSNorm, LamoeRotaryEmbedding, decode_view
+from .attention import LamoeAttention, LamoeRMSNorm, LamoeRotaryEmbedding, add_and_norm, decode_view
 from .attention_choice import documents_or_mask
 from .cache import GrowingCache
 from .configuration_lamoe import LamoeConfig
@@ -98,14 +98,17 @@ class LamoeDecoderLayer(GradientCheckpointingLayer):
         if view is not None and view.recorded and fuses(self, hidden_states):
             layer = cache.layers[self.self_attn.layer_idx]
             return few_tokens_layer(self, hidden_states, kwargs["position_embeddings"], layer, view)
-        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
-        hidden_states = hidden_states + attended
-        del attended
+        hidden_states, normed = add_and_norm(self.input_layernorm, hidden_states)
+        attended, _ = self.self_attn(normed, **kwargs)
+        del normed
         recorded = kwargs.get("output_router_logits", self.self_attn.config.output_router_logits)
         tokens = tokens_at_once(hidden_states, self.mlp, bool(recorded))
         if routing is None and tokens < hidden_states.shape[0] * hidden_states.shape[1]:
+            hidden_states = hidden_states + attended
+            del attended
             return feed_by_tokens(hidden_states, self.post_attention_layernorm, self.mlp, tokens)
-        normed = self.post_attention_layernorm(hidden_states)
+        hidden_states, normed = add_and_norm(self.post_attention_layernorm, hidden_states, attended)
+        del attended
         fed = self.mlp(normed, token_mask, routing) if isinstance(self.mlp, LamoeMoE) else self.mlp(normed)
         return hidden_states + fed
 

@@ -17,7 +17,7 @@ from transformers.integrations import use_experts_implementation
 
 from .experts import DEFAULT_OPTIONS, NAME, activation_name, describe, lamoe_experts_forward
 from .precision import KeepsFloat32
-from .recompute import exact_linear, gated_linear, two_linears
+from .recompute import exact_linear, gated_linear, spread, two_linears
 
 FEW_LOGITS = 2**14  # a layer's logits that are kept until all layers' are summed in one launch
 
@@ -360,11 +360,20 @@ class LamoeMoE(nn.Module):
         if self.config.router_nonfinite == "zero":
             finite = torch.isfinite(hidden_states).all(dim=-1, keepdim=True)
             hidden_states = torch.where(finite, hidden_states, 0.0)
-        _, weights, experts = self.gate(hidden_states, None if token_mask is None else token_mask.reshape(-1), routing)
-        return self.feed(hidden_states.flatten(0, -2), experts, weights).view_as(hidden_states)
+        x, routed, shared = (hidden_states,) * 3 if self.shared_experts is None else spread(hidden_states)
+        _, weights, experts = self.gate(x, None if token_mask is None else token_mask.reshape(-1), routing)
+        fed = self.feed(routed.flatten(0, -2), experts, weights, shared_ND=shared.flatten(0, -2))
+        return fed.view_as(hidden_states)
 
-    def feed(self, x_ND: Tensor, experts: Tensor, weights: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The experts [N, K] of `x_ND` by their `weights`, the shared ones, and a `residual` [N, D] if given."""
+    def feed(
+        self, x_ND: Tensor, experts: Tensor, weights: Tensor, residual: Tensor | None = None,
+        shared_ND: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """The experts [N, K] of `x_ND` by their `weights`, the shared ones, and a `residual` [N, D] if given.
+
+        `shared_ND` is `x_ND` for the shared experts, where their gradient goes a way of its own.
+        """
+        shared_ND = x_ND if shared_ND is None else shared_ND
         if self.shared_experts is None:
             fed = self.experts(x_ND, experts, weights)
         elif self._adds_shared_inside():
@@ -372,9 +381,9 @@ class LamoeMoE(nn.Module):
                 fed = self._few_tokens(x_ND, experts, weights, residual)
                 if fed is not None:
                     return fed
-            fed = self.experts(x_ND, experts, weights, shared=self.shared_experts(x_ND))
+            fed = self.experts(x_ND, experts, weights, shared=self.shared_experts(shared_ND))
         else:
-            fed = self.experts(x_ND, experts, weights) + self.shared_experts(x_ND)
+            fed = self.experts(x_ND, experts, weights) + self.shared_experts(shared_ND)
         return fed if residual is None else residual + fed
 
     def _few_tokens(

@@ -13,9 +13,9 @@ _LORA_ATTRIBUTES = (
 )  # fmt: skip
 
 
-def unreadable_weight(projection: nn.Module, hidden_states: Tensor) -> str | None:
-    """Why the effective weight of `projection` is not simply its `weight`; None if it is."""
-    if type(projection) is not nn.Linear:
+def unreadable_weight(projection: nn.Module, hidden_states: Tensor, kind: type = nn.Linear) -> str | None:
+    """Why the effective weight of `projection`, which should be a `kind`, is not its `weight` alone; None if it is."""
+    if type(projection) is not kind:
         return f"is a {type(projection).__module__}.{type(projection).__qualname__}"
     if projection._forward_hooks or projection._forward_pre_hooks or "forward" in vars(projection):
         return "has hooks"

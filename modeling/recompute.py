@@ -3,6 +3,8 @@
 Letters: N tokens, D hidden, F feed-forward width, E experts. What each saves is in bytes a token at bfloat16.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from .projections import unreadable_weight
 try:
     from .kernels_gated import gated, gated_gradient
     from .kernels_logits import LEAST_ROWS, router_gradient, router_logits, router_tokens_gradient
+    from .kernels_norm import WIDEST, add_norm, norm_gradient, sum_of_three
 
     MISSING = False
 except ImportError:
@@ -24,11 +27,11 @@ def trains_eagerly() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def trains_plain(module: nn.Module, x: Tensor) -> bool:
-    """Whether eager training may compute what a linear layer does without calling it: no hooks, and no bias."""
-    if not trains_eagerly() or unreadable_weight(module, x) is not None:
+def trains_plain(module: nn.Module, x: Tensor, kind: type = nn.Linear) -> bool:
+    """Whether eager training may compute what `module` does without calling it: a `kind` without hooks or a bias."""
+    if not trains_eagerly() or unreadable_weight(module, x, kind) is not None:
         return False
-    return module.bias is None and not (module._backward_hooks or module._backward_pre_hooks)
+    return getattr(module, "bias", None) is None and not (module._backward_hooks or module._backward_pre_hooks)
 
 
 def gated_linear(gate: Tensor, up: Tensor, projection: nn.Module, act_fn, silu: bool) -> Tensor:
@@ -163,3 +166,61 @@ class _ExactLinear(torch.autograd.Function):
             return dx, router_gradient(dy_NE, x_ND) if of_weight else None
         dx = (dy_NE @ weight_ED).to(x_ND.dtype) if of_tokens else None
         return dx, dy_NE.mT @ x_ND.to(weight_ED.dtype) if of_weight else None
+
+
+def fuses_norm(x: Tensor, added: Tensor | None, weight: Tensor) -> bool:
+    """Whether the kernels have `residual_norm` of these."""
+    tensors = (x, weight) if added is None else (x, weight, added)
+    plain = all(type(t) in (Tensor, nn.Parameter) and t.is_contiguous() and t.dtype == x.dtype for t in tensors)
+    same = added is None or added.shape == x.shape
+    return not MISSING and x.is_cuda and plain and same and x.dtype != torch.float64 and x.shape[-1] <= WIDEST
+
+
+def residual_norm(x: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """sum = x + added (x itself without `added`) and its RMS norm, both [..., D]; `fuses_norm` must have been asked.
+
+    Keeps the sum and one number a token. Both outputs' gradients meet within the norm's kernel.
+    """
+    return _ResidualNorm.apply(x, added, weight, eps)
+
+
+class _ResidualNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, added, weight, eps):
+        total, y, rstd = add_norm(x, added, weight, eps)
+        total = x if added is None else total
+        ctx.save_for_backward(total, weight, rstd)
+        ctx.set_materialize_grads(False)
+        return total, y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dtotal, dy):
+        _, of_added, of_weight, _ = ctx.needs_input_grad
+        dx, dweight = dtotal, None
+        if dy is not None:
+            dtotal = None if dtotal is None else dtotal.contiguous()
+            dx, dweight = norm_gradient(dy.contiguous(), dtotal, *ctx.saved_tensors, of_weight)
+        return dx, dx if of_added else None, dweight if of_weight else None, None
+
+
+def spread(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x three times; where a kernel has it, the three gradients are summed in one launch in place of two."""
+    return _Spread.apply(x) if trains_eagerly() and _fuses_sum(x) else (x, x, x)
+
+
+def _fuses_sum(x: Tensor) -> bool:
+    return not MISSING and x.is_cuda and x.requires_grad and type(x) is Tensor and x.dtype != torch.float64
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.set_materialize_grads(False)
+        return x.view_as(x), x.view_as(x), x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *dxs):
+        given = [dx.contiguous() for dx in dxs if dx is not None]
+        return sum_of_three(*given) if len(given) == 3 else functools.reduce(torch.add, given)

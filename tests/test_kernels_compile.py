@@ -282,6 +282,16 @@ def compile_all(name: str):
     exact.router_tokens_gradient(logits, router_weight, tokens)
     exact.router_gradient(logits, tokens)
 
+    norm = modules["kernels_norm"]
+    for dtype, width in ((torch.bfloat16, 2048), (torch.bfloat16, 7168), (torch.float32, 7168)):
+        context.update(dtype=str(dtype)[6:], case=f"norms of {width} numbers")
+        x, weight = torch.empty(64, width, dtype=dtype), torch.empty(width, dtype=dtype)
+        for added in (x, None):
+            total, y, rstd = norm.add_norm(x, added, weight, 1e-6)
+            norm.norm_gradient(y, added, x, weight, rstd, True)
+        norm.norm_gradient(y, x, x, weight, rstd, False)
+        norm.sum_of_three(x, y, y)
+
     loss, heads = modules["kernels_loss"], modules["kernels_heads"]
     for dtype in (torch.bfloat16, torch.float32):
         context.update(dtype=str(dtype)[6:], case="the loss and the heads of training")
