@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .kernels_gemm import dot_precision, multiprocessors, row_of
-from .kernels_launch import await_kernels, overlapping
+from .kernels_launch import await_kernels, await_kernels_alone, overlapping
 
 try:  # inside `try`, or the Hub loader refuses the whole model where Triton is missing
     import triton
@@ -126,7 +126,7 @@ def _decode_kernel(
 ):  # fmt: skip
     """One split of ROWS of the H * T rows of a sequence. Scores are [ROWS, KEYS] and sums [ROWS, CH], twice; if
     TRANSPOSED the other way round, so that as few as 16 rows are the narrow side of tensor-core products."""
-    await_kernels(PDL)
+    await_kernels_alone(PDL)
     s = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     x = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -402,7 +402,7 @@ def _latent_decode(
         return to, lse
     out, C = q.new_empty(q.shape), q.shape[3]
     # the order of a sum depends on how many are added at once, and the number of splits on the longest sequence
-    at_once = 16 if batch_invariant else min(16, triton.next_power_of_2(splits))
+    at_once = 16 if batch_invariant else min(64, triton.next_power_of_2(splits))
     block = min(C, 2048 // at_once)
     with torch.cuda.device_of(q):
         _merge_kernel[(lse.numel(), C // block)](

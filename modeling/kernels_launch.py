@@ -2,8 +2,11 @@
 
 Chains of short kernels, as a decode step has them, lose a microsecond or two at each border without it. The rule that
 keeps it right: a kernel calls `await_kernels` before it reads what another kernel has just written, or writes anything
-itself; only weights may be loaded sooner. Since each lets the next one start after that call, whatever ran before a
+itself; only weights may be loaded sooner. Since none lets the next one start before that, whatever ran before a
 kernel's predecessor has ended when the kernel starts.
+
+A kernel that fills nearly all multiprocessors for long keeps the next one back, with `await_kernels_alone`: blocks
+that start early go where there is room, that is all to the few multiprocessors that it leaves idle, and stay there.
 """
 
 import functools
@@ -29,8 +32,15 @@ def await_kernels(PDL: tl.constexpr):
         gdc_launch_dependents()
 
 
+@triton.jit
+def await_kernels_alone(PDL: tl.constexpr):
+    """Wait for the kernel before this one; the next one starts when this one has ended."""
+    if PDL:
+        gdc_wait()
+
+
 def overlapping(x: Tensor) -> dict[str, bool]:
-    """Options of the launch of a kernel with the parameter `PDL` that calls `await_kernels`, on x's device."""
+    """Options of the launch of a kernel with the parameter `PDL` that awaits others, on x's device."""
     return {"PDL": True, "launch_pdl": True} if x.is_cuda and _supported(x.device) else {"PDL": False}
 
 

@@ -15,7 +15,7 @@ import functools
 import torch
 from torch import Tensor
 
-from .kernels_launch import await_kernels, overlapping
+from .kernels_launch import await_kernels_alone, overlapping
 
 try:  # inside `try`, or the Hub loader refuses the whole model where Triton is missing
     import triton
@@ -162,7 +162,7 @@ def _wide_kernel(
     narrow: gl.constexpr = min(128, 2 * RH) if RH > 0 else 32
     dtype: gl.constexpr = q_ptr.dtype.element_ty
 
-    await_kernels(PDL)
+    await_kernels_alone(PDL)
     s = gl.program_id(1)
     b = gl.program_id(2)
     first_row = gl.program_id(0) * ROWS
@@ -434,7 +434,7 @@ def _seesaw_kernel(
 ):  # fmt: skip
     """As `_wide_kernel`. Pointers and descriptors that are not needed are others of their kind: no warp takes None."""
     dtype: gl.constexpr = q_ptr.dtype.element_ty
-    await_kernels(PDL)
+    await_kernels_alone(PDL)
     s = gl.program_id(1)
     b = gl.program_id(2)
     first_row = gl.program_id(0) * ROWS

@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -134,7 +135,10 @@ def cache_bytes(arguments: Arguments) -> list[dict]:
 
 
 def attention_step(arguments: Arguments) -> list[dict]:
-    """One layer, one new token: ours, the native class and that class boosted, and the memory that each takes."""
+    """One layer, one new token: ours, the native class and that class boosted, and the memory that each takes.
+
+    `speedup` is of the whole module, `core_speedup` of what is left without the projections that all share.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     ours, native = pair(arguments.preset, 1, device, dtype, dense=True)
@@ -145,7 +149,10 @@ def attention_step(arguments: Arguments) -> list[dict]:
         for name, model in (("lamoe", ours), ("native", native), ("boosted", native)):
             (boost if name == "boosted" else unboost)(model)
             row[f"{name}_ms"], row[f"{name}_temporary_mib"] = attention_cost(model, batch, context)
+        row["projections_ms"] = projections_cost(native, batch)
         row["speedup"] = row["native_ms"] / row["lamoe_ms"]
+        core = [row[name] - row["projections_ms"] for name in ("native_ms", "lamoe_ms")]
+        row["core_speedup"] = core[0] / max(core[1], 1e-9)
         rows.append(row)
     return rows
 
@@ -173,6 +180,31 @@ def attention_cost(model, batch: int, context: int, repeats: int = 15) -> tuple[
         view = {"view": decode_view(config, hidden, None, cache, None, {})} if ours else {}
         return attention(hidden, position_embeddings=angles, attention_mask=None, past_key_values=cache, **view)
 
+    median = median_cost(step, device, repeats)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        step()
+    return median, peak_of(profile) / 2**20
+
+
+@torch.no_grad()
+def projections_cost(model, batch: int, repeats: int = 15) -> float:
+    """Median milliseconds of the projections of an attention step: of queries, of the latent, and of the output."""
+    attention = model.model.layers[0].self_attn
+    hidden = torch.randn(batch, 1, model.config.hidden_size, device=model.device, dtype=model.dtype)
+    summed = hidden.new_zeros(batch, 1, attention.o_proj.in_features)
+
+    def step() -> tuple:
+        if model.config.q_lora_rank is None:
+            queries = attention.q_proj(hidden)
+        else:
+            queries = attention.q_b_proj(attention.q_a_layernorm(attention.q_a_proj(hidden)))
+        return queries, attention.kv_a_proj_with_mqa(hidden), attention.o_proj(summed)
+
+    return median_cost(step, model.device, repeats)
+
+
+def median_cost(step: Callable[[], tuple], device: torch.device, repeats: int) -> float:
+    """Median milliseconds of `step`, on a GPU of its replay as a CUDA graph."""
     replay = record(step, device)[0].replay if device.type == "cuda" else step
     replay()
     times = []
@@ -182,9 +214,7 @@ def attention_cost(model, batch: int, context: int, repeats: int = 15) -> tuple[
         replay()
         synchronize(device)
         times.append((time.perf_counter() - start) * 1e3)
-    with torch.profiler.profile(profile_memory=True) as profile:
-        step()
-    return statistics.median(times), peak_of(profile) / 2**20
+    return statistics.median(times)
 
 
 def prefill(arguments: Arguments) -> list[dict]:
