@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -24,8 +25,12 @@ _INDEX_NAMES = ("top_k_index", "router_indices", "selected_experts")  # of the a
 
 def max_violation(counts_E: Tensor) -> float:
     """MaxVio = max load / mean load - 1 of one layer (arXiv 2408.15664, section 4.1); 0 is perfect balance."""
-    counts = counts_E.double()
-    return float(counts.max() / counts.mean().clamp(min=torch.finfo(torch.double).tiny) - 1) if counts.any() else 0.0
+    return _max_violation(counts_E.detach().cpu().numpy())
+
+
+def _max_violation(counts_E: np.ndarray) -> float:
+    total = float(counts_E.sum())
+    return float(counts_E.max()) * len(counts_E) / total - 1 if total else 0.0
 
 
 @dataclass(frozen=True)
@@ -198,31 +203,38 @@ class RouterBalance:
         """Each layer's balance over the steps since the last call, and start anew; none if there was no step."""
         if not self.load:
             return []
-        sizes = [layer.num_experts for layer in self.layers]
-        load, last = (torch.cat(counts).cpu().split(sizes) for counts in (self.load, self.last))
-        entropy = torch.cat(self.entropy).tolist() if self.entropy else [None] * len(sizes)
-        biases = [layer.bias for layer in self.layers]
-        spans = [torch.zeros(()) if b is None else (b.amax() - b.amin()).float() for b in biases]
-        spans = torch.stack([span.to(self.load[0].device) for span in spans]).tolist()
-        spans = [None if b is None else span for b, span in zip(biases, spans, strict=True)]
-        rows = [self._row(*layer) for layer in zip(self.labels, load, last, entropy, spans, strict=True)]
+        # All in one copy: whoever logs waits for the device, which then has nothing to do.
+        counts = torch.cat([*self.load, *self.last])
+        kept = [i for i, layer in enumerate(self.layers) if layer.bias is not None]
+        spans = [torch.aminmax(self.layers[i].bias) for i in kept]
+        more = [*self.entropy, *(span.max.double() - span.min for span in spans)]
+        found = torch.cat([counts.double(), *(x.reshape(1).double().to(counts.device) for x in more)]).cpu().numpy()
+        ends = np.cumsum([layer.num_experts for layer in self.layers] * 2)
+        *counts, more = np.split(found, ends)
+        entropy, spans = more[: len(self.entropy)], dict(zip(kept, more[len(self.entropy) :], strict=True))
+        load, last = counts[: len(self.layers)], counts[len(self.layers) :]
+        rows = [
+            self._row(label, load[i], last[i], entropy[i] if len(entropy) else None, spans.get(i))
+            for i, label in enumerate(self.labels)
+        ]
         self.load, self.last, self.entropy = [], [], []
         return rows
 
-    def _row(self, label: str, load: Tensor, last: Tensor, entropy: float | None, bias_range: float | None):
-        shares = load.double() / load.sum().clamp(min=1)
-        most = math.log(load.numel()) if load.numel() > 1 else 1.0
-        tokens = int(load.sum()) / (self.lamoe.config.num_experts_per_tok if self.lamoe is not None else 1)
+    def _row(self, label: str, load: np.ndarray, last: np.ndarray, entropy: float | None, bias_range: float | None):
+        total = float(load.sum())
+        shares = load[load > 0] / max(total, 1.0)
+        most = math.log(len(load)) if len(load) > 1 else 1.0
+        tokens = total / (self.lamoe.config.num_experts_per_tok if self.lamoe is not None else 1)
         return LayerBalance(
             label=label,
-            max_violation=max_violation(load),
-            max_violation_batch=max_violation(last),
+            max_violation=_max_violation(load),
+            max_violation_batch=_max_violation(last),
             dead_experts=int((load == 0).sum()),
-            load_entropy=float(torch.special.entr(shares).sum()) / most,
-            router_entropy=None if entropy is None or not tokens else entropy / tokens / most,
-            bias_range=bias_range,
+            load_entropy=float(-(shares * np.log(shares)).sum()) / most,
+            router_entropy=None if entropy is None or not tokens else float(entropy) / tokens / most,
+            bias_range=None if bias_range is None else float(bias_range),
             busiest=int(load.argmax()),
-            load=tuple(load.tolist()),
+            load=tuple(load.astype(np.int64).tolist()),
         )
 
     @property
