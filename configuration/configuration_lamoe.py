@@ -90,7 +90,7 @@ _TRANSFORMERS_KEYS = {
 # Fields of ours alone that no other program needs to know.
 _OWN_CHOICES = (
     "router_nonfinite", "router_implementation", "mla_form", "mla_absorb_max_tokens", "mla_implementation",
-    "skip_logits", "expert_recompute", "aux_loss_scope", "device_loss_alpha", "communication_loss_alpha",
+    "latent_cache_dtype", "skip_logits", "expert_recompute", "aux_loss_scope", "device_loss_alpha", "communication_loss_alpha",
     "expert_devices", "mtp_loss_coef",
 )  # fmt: skip
 # Keys of published config.json files that say nothing this model needs: read, and not kept.
@@ -129,6 +129,8 @@ class LamoeConfig(PreTrainedConfig):
             tokens below which the absorbed form costs less.
         mla_implementation: who computes the absorbed form: "auto" (the best there is here), "triton" (the kernel, or
             an error that says why not) or "eager" (PyTorch).
+        latent_cache_dtype: of the latents in `generate`'s default cache: None is the model's dtype, "float8_e4m3fn"
+            takes half the bytes of bfloat16, with a scale a token; rotated keys stay in the model's dtype.
         skip_logits: in training with labels, compute the loss without holding [tokens, vocabulary] logits; the
             output's `logits` are then None. `forward(skip_logits=...)` overrides it.
         expert_recompute: the fused experts keep no pre-activation for the backward and compute it again: 4·K·F bytes a
@@ -225,6 +227,7 @@ class LamoeConfig(PreTrainedConfig):
     mla_form: str = "auto"
     mla_absorb_max_tokens: int | None = None
     mla_implementation: str = "auto"
+    latent_cache_dtype: str | None = None
     skip_logits: bool = False
     expert_recompute: bool = False
     ep_size: int = 1
@@ -312,10 +315,15 @@ class LamoeConfig(PreTrainedConfig):
         return [i for i in range(first, self.num_hidden_layers) if i % self.moe_layer_freq == 0]
 
     def kv_bytes_per_token(self, bytes_per_element: int = 2, expanded: bool = False) -> int:
-        """Bytes that a token holds in the caches of all layers, as latents or as the keys and values behind them."""
-        latent = self.kv_lora_rank + self.qk_rope_head_dim
-        heads = self.num_attention_heads * (self.qk_head_dim + self.v_head_dim)
-        return self.num_hidden_layers * (heads if expanded else latent) * bytes_per_element
+        """Bytes that a token holds in the caches of all layers, as latents or as the keys and values behind them.
+
+        Latents are counted in `latent_cache_dtype`: in float8 with eight more columns beside the key, for the scale.
+        """
+        latent = (self.kv_lora_rank + self.qk_rope_head_dim) * bytes_per_element
+        if self.latent_cache_dtype is not None:
+            latent = self.kv_lora_rank + (self.qk_rope_head_dim + 8) * bytes_per_element
+        heads = self.num_attention_heads * (self.qk_head_dim + self.v_head_dim) * bytes_per_element
+        return self.num_hidden_layers * (heads if expanded else latent)
 
     def validate_experts(self):
         """Refuse expert counts that cannot be routed."""
@@ -360,6 +368,8 @@ class LamoeConfig(PreTrainedConfig):
         _one_of("router_implementation", self.router_implementation, ("auto", "eager", "triton"))
         _one_of("mla_form", self.mla_form, ("auto", "expanded", "absorbed"))
         _one_of("mla_implementation", self.mla_implementation, ("auto", "eager", "triton"))
+        if self.latent_cache_dtype is not None:
+            _one_of("latent_cache_dtype", self.latent_cache_dtype, ("float8_e4m3fn",), "; None is the model's dtype")
 
     def validate_losses(self):
         """Refuse balancing losses that are undefined or reward imbalance."""

@@ -3,10 +3,13 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from .float8 import FLOAT8, as_bytes, dequantised, quantised
 
 # A buffer that is full is replaced by one with room for a quarter more, and at least so many tokens.
 ROOM = 256
@@ -17,9 +20,13 @@ class GrowingLayer(DynamicLayer):
 
     Whoever sets them (reordering, offloading) need not know: what is set has no room, and the next update moves it to
     buffers that have. What was cropped away is overwritten.
+
+    Args:
+        latent_dtype: of `keys`; None is the model's, float8_e4m3fn is with a scale a token in `values` (float8.py).
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, latent_dtype: torch.dtype | None = None, **kwargs):
+        self.latent_dtype = latent_dtype
         self._buffers: list[Tensor | None] = [None, None]
         self._length = 0
         self.least_room = 0  # tokens for which buffers are made from the start
@@ -38,7 +45,7 @@ class GrowingLayer(DynamicLayer):
 
     @property
     def values(self) -> Tensor | None:
-        """[B, 1, S, R], or None before the first update."""
+        """[B, 1, S, R], of latents in float8 [B, 1, S, R + 8], or None before the first update."""
         return self._written(1)
 
     @values.setter
@@ -61,36 +68,55 @@ class GrowingLayer(DynamicLayer):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Append [B, 1, T, ...] to both: in place where there is room, but by a copy where autograd may need them."""
-        new = (key_states, value_states)
+        """Append [B, 1, T, ...] to both: in place where there is room, but by a copy where autograd may need them.
+
+        Returns:
+            all latents and keys, [B, 1, S, C] and [B, 1, S, R]; those in float8 as they are read from it.
+
+        Raises:
+            ValueError: autograd would need latents in float8.
+        """
+        grows = self.cursor is None and torch.is_grad_enabled()
+        if grows and (key_states.requires_grad or (self.is_initialized and self.keys.requires_grad)):
+            return self._kept_for_gradients(key_states, value_states)
+        new = (key_states, value_states) if self.latent_dtype is None else quantised(key_states, value_states)
         if self.cursor is not None:
             at = self.cursor + torch.arange(key_states.shape[-2], device=key_states.device)
-            first, second = (b.index_copy_(2, at, x) for b, x in zip(self._buffers, new, strict=True))
-            return first, second
+            for buffer, states in zip(self._buffers, new, strict=True):
+                as_bytes(buffer).index_copy_(2, at, as_bytes(states))
+            return self._read(*self._buffers)
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        if torch.is_grad_enabled() and (key_states.requires_grad or self.keys.requires_grad):
-            return super().update(key_states, value_states)
+            self.lazy_initialization(*new)
         S, T = self._length, key_states.shape[-2]
         self.make_room(T)
         for buffer, states in zip(self._buffers, new, strict=True):
             buffer[..., S : S + T, :] = states
         self.advance(T)
-        return self.keys, self.values
+        return self._read(self.keys, self.values)
+
+    def _read(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return (keys, values) if self.latent_dtype is None else dequantised(keys, values)
+
+    def _kept_for_gradients(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        if self.latent_dtype is not None:
+            raise ValueError(
+                f"Latents in {self.latent_dtype} have no gradient: call the model under torch.no_grad(), or use a "
+                "cache without latent_dtype."
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        return super().update(key_states, value_states)
 
     def holds(self, x: Tensor) -> bool:
         """Whether the layer has tokens of x's [B, T, D] batch size, dtype and device, in whole buffers."""
         return all(
-            b is not None
-            and b.shape[0] == len(x)
-            and b.dtype == x.dtype
-            and b.device == x.device
-            and b.is_contiguous()
-            for b in self._buffers
+            b is not None and b.shape[0] == len(x) and b.dtype == dtype and b.device == x.device and b.is_contiguous()
+            for b, dtype in zip(self._buffers, (self.latent_dtype or x.dtype, x.dtype), strict=True)
         )
 
     def begin_write(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """Both buffers [B, room, C] and [B, room, R], for a kernel that writes so many `tokens` behind the last."""
+        """Both buffers, as they are, without the axis of heads: for a kernel that writes so many `tokens` behind the
+        last."""
         if self.cursor is None:
             self.make_room(tokens)
             self.advance(tokens)
@@ -133,16 +159,24 @@ class GrowingCache(DynamicCache):
 
     Args:
         room: tokens for which there is memory from the start.
+        latent_dtype: float8_e4m3fn holds latents in half the bytes of bfloat16, with a scale a token: see float8.py.
+            What attends to them reads the rounded ones. Without gradients. None is the model's dtype.
+
+    Raises:
+        ValueError: `latent_dtype` is something else.
     """
 
-    def __init__(self, *args, room: int = 0, **kwargs):
+    def __init__(self, *args, room: int = 0, latent_dtype: torch.dtype | None = None, **kwargs):
+        if latent_dtype not in (None, FLOAT8):
+            raise ValueError(f"latent_dtype={latent_dtype} is neither {FLOAT8} nor None, which is the model's.")
         super().__init__(*args, **kwargs)
-        self.layers = [_growing(layer) for layer in self.layers]
+        self.latent_dtype = latent_dtype
+        self.layers = [_growing(layer, latent_dtype) for layer in self.layers]
         for layer in self.layers:
             if type(layer) is GrowingLayer:
                 layer.least_room = room
         if self.layer_class_to_replicate is DynamicLayer:
-            self.layer_class_to_replicate = GrowingLayer
+            self.layer_class_to_replicate = partial(GrowingLayer, latent_dtype=latent_dtype)
         self.cursor: Tensor | None = None
         self.steps, self.recorded = 0, None  # decode_graph.py's: steps seen, and what it recorded of them
 
@@ -170,10 +204,10 @@ class GrowingCache(DynamicCache):
         return super().get_seq_length(layer_idx) if self.cursor is None else self.cursor[0]
 
 
-def _growing(layer):
+def _growing(layer, latent_dtype: torch.dtype | None):
     if type(layer) is not DynamicLayer:
         return layer
-    grown = GrowingLayer()
+    grown = GrowingLayer(latent_dtype=latent_dtype)
     if layer.is_initialized:
         grown.update(layer.keys, layer.values)
     return grown

@@ -6,10 +6,13 @@ from contextlib import nullcontext
 import torch
 from transformers.cache_utils import DynamicCache, StaticCache, StaticLayer
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.utils import logging
 
 from .cache import GrowingCache
 from .decode_graph import never_recorded, settle
 from .mtp_generation import Speculation, speculate
+
+logger = logging.get_logger(__name__)
 
 _ONE_TOKEN = {"position_ids", "use_cache", "logits_to_keep"}
 MOST_REQUESTS = 1024  # of a batch, Transformers' own bound
@@ -82,19 +85,30 @@ class LamoeGenerationMixin:
         """Transformers' choice of a cache; its default one grows in place.
 
         So does a static one that would be compiled, if steps can be recorded instead: with all its room from the
-        start, it is faster and does not wait for a compiler. A `compile_config` asks for the compiler.
+        start, it is faster and does not wait for a compiler. A `compile_config` asks for the compiler. The growing ones
+        hold latents in `config.latent_cache_dtype`.
         """
         given = model_kwargs.get("past_key_values")
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if type(given) is GrowingCache:
             given.recorded = None  # adapters may have come or gone since
-        cache = model_kwargs.get("past_key_values")
+        cache, dtype = model_kwargs.get("past_key_values"), self.config.latent_cache_dtype
+        options = {"config": self.config, "latent_dtype": dtype and getattr(torch, dtype)}
         if given is None and type(cache) is DynamicCache and not cache.offloading:
-            model_kwargs["past_key_values"] = GrowingCache(config=self.config)
+            model_kwargs["past_key_values"] = GrowingCache(**options)
         elif given is None and type(cache) is StaticCache and self._records_instead(cache, generation_config):
             drafts = self.config.num_nextn_predict_layers if generation_config.use_mtp else 0
             room = cache.layers[0].max_cache_len + drafts  # which the last round makes too many of
-            model_kwargs["past_key_values"] = GrowingCache(config=self.config, room=room)
+            model_kwargs["past_key_values"] = GrowingCache(**options, room=room)
+        elif cache is not None and getattr(cache, "latent_dtype", None) is None:
+            self._warn_of_latents_in_full(type(cache).__name__)
+
+    def _warn_of_latents_in_full(self, cache: str):
+        if self.config.latent_cache_dtype is not None:
+            logger.warning_once(
+                f"latent_cache_dtype={self.config.latent_cache_dtype!r} is for generate's default cache; this "
+                f"{cache} holds latents in its own dtype."
+            )
 
     def _records_instead(self, cache: StaticCache, generation_config) -> bool:
         if cache.offloading or generation_config.compile_config is not None or generation_config.disable_compile:
@@ -145,6 +159,7 @@ class LamoeGenerationMixin:
         """
         from .continuous import use_latent_pages
 
+        self._warn_of_latents_in_full("paged cache")
         asked = self._batching_settings(generation_config, continuous_batching_config)
         settings = copy.copy(asked)
         settings.auto_switch_to_flash = False

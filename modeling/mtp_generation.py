@@ -32,6 +32,7 @@ from transformers.generation import (
 )
 
 from .cache import GrowingLayer
+from .float8 import as_bytes
 from .decode_graph import replayed_tokens, settle
 from .mtp_drafts import Drafter
 
@@ -237,7 +238,8 @@ def _close_holes(cache, mask: Tensor | None, prompt: int, length: int):
         for layer in cache.layers:
             index = order.to(layer.keys.device)[:, None, :length, None]
             layer.keys, layer.values = (
-                x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in (layer.keys, layer.values)
+                as_bytes(x).gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])).view(x.dtype)
+                for x in (layer.keys, layer.values)
             )
     cache.crop(min(length - cache.get_seq_length(), 0))
 

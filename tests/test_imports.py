@@ -15,7 +15,7 @@ MAX_LINES = 600
 # A file of modeling/ may import from the rows above its own: neither from its own row nor from those below.
 MODELING = (
     ("configuration_lamoe",),
-    ("kernels_launch",),
+    ("kernels_launch", "float8"),
     (
         "kernels_plan",
         "kernels_router",
