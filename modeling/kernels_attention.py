@@ -2,10 +2,10 @@
 
 Letters: B batch, H heads, T new tokens, S slots a sequence may have, C latent rank, R rotary width. The eager form,
 which defines the result, is attention.absorbed_attention. A latent tile is loaded once, for all H * T rows of queries,
-and is key and value at once. The keys of a sequence are split among programs, each keeps the maximum and the mass of
-its share, and a second launch merges them. Grids depend on shapes alone, so that CUDA graphs replay for other lengths.
-On Hopper kernels_wide.py has the first launch of more than 32 rows, where Triton has Gluon and the cache is such as it
-takes.
+and is key and value at once; one in float8 is turned into the queries' dtype first, which is exact. The keys of a
+sequence are split among programs, each keeps the maximum and the mass of its share, and a second launch merges them.
+Grids depend on shapes alone, so that CUDA graphs replay for other lengths. On Hopper kernels_wide.py has the first
+launch of more than 32 rows, where Triton has Gluon and the cache is such as it takes.
 """
 
 import functools
@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .float8 import FLOAT8, scales_of
 from .kernels_gemm import dot_precision, multiprocessors, row_of
 from .kernels_launch import await_kernels, await_kernels_alone, overlapping
 
@@ -89,6 +90,28 @@ def _gather(part_ptr, base, offsets, WIDTH: tl.constexpr, PADDED: tl.constexpr):
 
 
 @triton.jit
+def _exact(tile, scales, q, PTX: tl.constexpr):
+    """Latents [keys, columns] in q's dtype; those in float8, or their bytes, times the scale [keys] of each token.
+
+    PTX: keep the compiler from doing so twice, for each product in a layout of its own, from single bytes.
+    """
+    if tile.dtype == q.dtype:
+        return tile
+    if tile.dtype == tl.uint8:  # sign, exponent and mantissa where float32 has them, whose exponent is 120 greater
+        bits = tile.to(tl.int32)
+        bits = ((bits & 0x80) << 24) | ((bits & 0x7F) << 20)
+        numbers = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
+    else:
+        numbers = tile.to(tl.float32)
+    numbers = (numbers * scales[:, None]).to(q.dtype)
+    if PTX:
+        PACK: tl.constexpr = 32 // q.dtype.primitive_bitwidth
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [numbers], q.dtype, is_pure=False, pack=PACK)
+    else:
+        return numbers
+
+
+@triton.jit
 def _along_rows(x, TRANSPOSED: tl.constexpr):
     """A number for each row, to be broadcast over keys or columns."""
     return x[None, :] if TRANSPOSED else x[:, None]
@@ -116,13 +139,13 @@ def _sums(weights, tile, so_far, TRANSPOSED: tl.constexpr, PRECISION: tl.constex
 
 @triton.jit(do_not_specialize=["splits", "rows_b", "s_table", "s_seen"])
 def _decode_kernel(
-    q_ptr, r_ptr, c0_ptr, c1_ptr, k0_ptr, k1_ptr, c0_desc, c1_desc, k0_desc, k1_desc, table_ptr, starts_ptr,
-    lengths_ptr, seen_ptr, out_ptr, lse_ptr, scale, splits, rows_b, sq_h, sq_b, sq_t, sr_h, sr_b, sr_t, sc_b, sc_t,
-    sk_b, sk_t, s_table, s_seen,
+    q_ptr, r_ptr, c0_ptr, c1_ptr, k0_ptr, k1_ptr, c0_desc, c1_desc, k0_desc, k1_desc, scales_ptr, table_ptr,
+    starts_ptr, lengths_ptr, seen_ptr, out_ptr, lse_ptr, scale, splits, rows_b, sq_h, sq_b, sq_t, sr_h, sr_b, sr_t,
+    sc_b, sc_t, sk_b, sk_t, ss_b, ss_t, s_table, s_seen,
     H: tl.constexpr, T: tl.constexpr, CH: tl.constexpr, RH: tl.constexpr, RP: tl.constexpr, K1: tl.constexpr,
     PAGE: tl.constexpr, FLAT: tl.constexpr, SEEN: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, TRANSPOSED: tl.constexpr,
-    COPIED: tl.constexpr, PDL: tl.constexpr,
+    COPIED: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One split of ROWS of the H * T rows of a sequence. Scores are [ROWS, KEYS] and sums [ROWS, CH], twice; if
     TRANSPOSED the other way round, so that as few as 16 rows are the narrow side of tensor-core products."""
@@ -172,6 +195,12 @@ def _decode_kernel(
                 base, offsets = _slots(table_ptr, row_c, start, last, sc_t, PAGE, KEYS)
                 c0 = _gather(c0_ptr, base, offsets, CH, CH)
                 c1 = _gather(c1_ptr, base, offsets, CH, CH)
+            scales = None
+            if scales_ptr is not None:
+                base, offsets = _slots(table_ptr, b * ss_b, start, last, ss_t, PAGE, KEYS)
+                scales = tl.load(scales_ptr + base + offsets)
+            c0 = _exact(c0, scales, q0, PTX)
+            c1 = _exact(c1, scales, q1, PTX)
             scores = _scores(q0, c0, None, TRANSPOSED, PRECISION)
             scores = _scores(q1, c1, scores, TRANSPOSED, PRECISION)
             if RH > 0:
@@ -290,18 +319,30 @@ TABLE = {
     90: _HOPPER,
     0: _plain(32, 2, Tile(64, 32, 8, 2, False)),
 }
+# latents in float8 take registers to be turned: tiles that spill least, none of them measured
+_HOPPER_FLOAT8 = Tiles(
+    few=Tile(16, 32, 4, 4, True, copied=True),
+    some=Tile(32, 32, 8, 4, True, copied=True),
+    many=Tile(64, 32, 8, 4, True, copied=True),
+    few_long=Tile(16, 32, 4, 4, True, copied=True),
+    some_long=Tile(32, 32, 8, 4, True, copied=True),
+)
+FLOAT8_TABLE = {100: TABLE[100], 90: _HOPPER_FLOAT8, 0: TABLE[0]}
 CDNA = _plain(16, 1, Tile(32, 16, 4, 1, True))
 FLOAT32 = _plain(16, 1, Tile(16, 16, 4, 1, True))
 INTERPRETER = _plain(16, 1, Tile(16, 16, 4, 1, False))
 
 
-def _device(x: Tensor) -> Tiles:
-    return row_of(x, TABLE, CDNA, FLOAT32, INTERPRETER)
+def _device(x: Tensor, float8: bool) -> Tiles:
+    return row_of(x, FLOAT8_TABLE if float8 else TABLE, CDNA, FLOAT32, INTERPRETER)
 
 
-def tile_for(x: Tensor, rows: int, B: int, S: int, batch_invariant: bool) -> Tile:
-    """The tile of `rows` rows of each of `B` sequences of up to `S` keys, on x's device and of its dtype."""
-    tiles, programs = _device(x), multiprocessors(x)
+def tile_for(x: Tensor, rows: int, B: int, S: int, batch_invariant: bool, float8: bool = False) -> Tile:
+    """The tile of `rows` rows of each of `B` sequences of up to `S` keys, on x's device and of its dtype.
+
+    float8: the latents are in float8.
+    """
+    tiles, programs = _device(x, float8), multiprocessors(x)
     if rows > 32:
         # of many rows a program needs many keys to be worth its start: too few of both leave the device idle
         busy = max(B, 1) * triton.cdiv(rows, tiles.many.rows) * (S // (2 * tiles.many.keys))
@@ -345,8 +386,12 @@ def split_decode(
     third is nothing yet. Of one: the output [H, B, T, C], nothing, and the log-sum-exp [H, B, T].
     """
     H, B, T, C = q.shape
-    R = r.shape[3]
-    tile = tile_for(q, H * T, B, longest, batch_invariant)
+    R, scales, float8 = r.shape[3], None, c0.dtype == FLOAT8
+    if float8:
+        k0, scales = k0[..., :R], scales_of(k0, R)
+        if not converts_float8(q):
+            c0, c1 = c0.view(torch.uint8), c1.view(torch.uint8)
+    tile = tile_for(q, H * T, B, longest, batch_invariant, float8)
     splits = _splits(q, tile, B, H * T, longest, batch_invariant)
     lse = q.new_empty((H, B, T), dtype=torch.float32)
     parts = splits > 1
@@ -362,7 +407,7 @@ def split_decode(
     # rotated keys of more than 64 columns do not fit into shared memory beside latents of 512
     wide = _wide(q.device) if tile.rows == 64 and one_grid and starts is None and R <= 64 else []
     with torch.cuda.device_of(q):
-        if wide and wide[0](q.dtype, C, RH, page):
+        if wide and wide[0](c0.dtype, C, RH, page):
             scale = scaling * _LOG2E
             try:
                 wide[1](q, r, halves, slots, table, lengths, seen, to, masses, scale, splits, rows_b, page, size)
@@ -373,13 +418,14 @@ def split_decode(
         copied = one_grid and RH in (0, RP) and page % tile.keys == 0
         boxes = [_ragged(half, slots, tile.keys) if copied else None for half in halves]
         _decode_kernel[(triton.cdiv(H * T, tile.rows), splits, B)](
-            q, r, *halves, *boxes, table, starts, lengths, seen, to, masses, scaling * _LOG2E, splits, rows_b,
+            q, r, *halves, *boxes, scales, table, starts, lengths, seen, to, masses, scaling * _LOG2E, splits, rows_b,
             *q.stride()[:3], *r.stride()[:3], c0.stride(0), c0.stride(-2), k0.stride(0), k0.stride(-2),
+            *((0, 0) if scales is None else scales.stride()),
             0 if table is None or starts is not None else table.stride(0), 0 if seen is None else seen.stride(0),
             H=H, T=T, CH=C // 2, RH=RH, RP=RP, K1=k1 is not None, PAGE=page, FLAT=starts is not None,
             SEEN=seen is not None, SIZE=size, PARTS=parts, PRECISION=dot_precision(q.dtype), ROWS=tile.rows,
-            KEYS=tile.keys, STAGES=tile.stages, TRANSPOSED=tile.transposed, COPIED=copied, num_warps=tile.warps,
-            **overlapping(q),
+            KEYS=tile.keys, STAGES=tile.stages, TRANSPOSED=tile.transposed, COPIED=copied, PTX=has_ptx(q),
+            num_warps=tile.warps, **overlapping(q),
         )  # fmt: skip
     return to, masses, lse, splits
 
@@ -392,7 +438,8 @@ def _latent_decode(
     """out [H, B, T, C] and the log-sum-exp [H, B, T] float32, of q [H, B, T, C] and r [H, B, T, R].
 
     c0, c1, k0, k1: halves of latents and rotated keys, [B, S, ...], or [slots, ...] with `table` [B, pages], or flat
-    with the `starts` [B] of each sequence; without k1, k0 is the whole key. No sequence has more than `longest` keys.
+    with the `starts` [B] of each sequence; without k1, k0 is the whole key. In float8 as `latent_decode` has it. No
+    sequence has more than `longest` keys.
     """
     if not q.numel():
         return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -431,6 +478,16 @@ def _(q, r, c0, c1, k0, k1, lengths, seen, table, starts, page, longest, scaling
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
+def has_ptx(x: Tensor) -> bool:
+    """Whether kernels on x's device may have instructions of NVIDIA's."""
+    return x.is_cuda and torch.version.hip is None
+
+
+def converts_float8(x: Tensor) -> bool:
+    """Whether x's device has instructions for float8_e4m3fn; others read its bytes."""
+    return not x.is_cuda or (has_ptx(x) and torch.cuda.get_device_capability(x.device) >= (8, 9))
+
+
 def why_not(T: int, C: int, R: int, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the kernel cannot take `T` new tokens over a cache of these widths; None if it can."""
     if device.type != "cuda" and not _INTERPRETED:
@@ -456,7 +513,8 @@ def latent_decode(
 
     Args:
         q_HBTC, r_HBTR: queries after W_UK, and rotated queries; T at most `MOST_TOKENS`.
-        c_BSC, k_BSR: latents and rotated keys in the first `lengths` of S slots; what lies behind is not read.
+        c_BSC, k_BSR: latents and rotated keys in the first `lengths` of S slots; what lies behind is not read. Latents
+            in float8_e4m3fn come with keys [B, S, R + 8], which have their scales behind them (float8.py).
         lengths_B: int32 or int64, with the T new tokens; the last of them sees all, the one before all but one.
         seen_BS: [B, at least the greatest length], 0 or False at keys that nobody sees (padding); None is none. Of
             int32 it is fetched ahead, of smaller types as it is needed.

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .float8 import FLOAT8, largest_of, scales_of
 from .kernels_attention import check, split_decode
 from .kernels_heads import turn
 from .kernels_launch import await_kernels, overlapping
@@ -156,11 +157,22 @@ def _(x_ND, weight, residual):
     return torch.empty_like(residual)
 
 
+@triton.jit
+def _float8_bytes(x):
+    """Bytes of x in float8_e4m3fn, to the nearest, or nearest even one; |x| at most 448."""
+    size = tl.abs(x)
+    bits = size.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)  # whose exponent is 120 less
+    small = (size + 16384.0).to(tl.int32, bitcast=True) - 0x46800000  # multiples of 2^-9, the last bit of 2^14
+    sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80
+    return (tl.where(size < 0.015625, small, normal) | sign).to(tl.uint8)
+
+
 @triton.jit(do_not_specialize=["room", "T"])
 def _write_kernel(
-    kv_ptr, norm_ptr, q_ptr, plain_ptr, up_ptr, cos_ptr, sin_ptr, at_ptr, c0_ptr, c1_ptr, k0_ptr, k1_ptr, r_ptr,
-    absorbed_ptr, eps, room, B, T, s_kv_b, s_kv_t, sq_b, sq_t, sq_h, sp_b, sp_t, sp_h, s_up, s_cos_b, s_cos_t, s_c,
-    s_k,
+    kv_ptr, norm_ptr, q_ptr, plain_ptr, up_ptr, cos_ptr, sin_ptr, at_ptr, c0_ptr, c1_ptr, k0_ptr, k1_ptr, scales_ptr,
+    r_ptr, absorbed_ptr, eps, room, B, T, s_kv_b, s_kv_t, sq_b, sq_t, sq_h, sp_b, sp_t, sp_h, s_up, s_cos_b, s_cos_t, s_c,
+    s_k, s_scales, limit,
     H: tl.constexpr, C: tl.constexpr, R: tl.constexpr, P: tl.constexpr, INTERLEAVED: tl.constexpr,
     SLOTS: tl.constexpr, HEADS: tl.constexpr, TURNS: tl.constexpr, CP: tl.constexpr, PAIRS: tl.constexpr,
     PP: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
@@ -168,7 +180,8 @@ def _write_kernel(
     """Of one token: program 0 norms the latent, rotates the key and writes both; the next TURNS rotate HEADS queries
     each; the others, if P > 0, take COLUMNS of a head's plain query [P] times its up-projection [P, C].
 
-    at: lengths [B] of sequences with `room` slots each; if SLOTS the slot of each token, negative for none.
+    at: lengths [B] of sequences with `room` slots each; if SLOTS the slot of each token, negative for none. With
+    `scales` latents are written as bytes of float8, and must not pass `limit`: float8.quantised is the eager form.
     """
     token = tl.program_id(0)
     b = token // T
@@ -205,7 +218,16 @@ def _write_kernel(
                 latent = tl.load(row + column, mask=column < C, other=0.0).to(tl.float32)
                 latent *= tl.rsqrt(tl.sum(latent * latent, axis=0) / C + eps)
                 latent *= tl.load(norm_ptr + column, mask=column < C, other=0.0).to(tl.float32)
-                latent = latent.to(c0_ptr.dtype.element_ty)
+                latent = latent.to(k0_ptr.dtype.element_ty)
+                if scales_ptr is not None:
+                    exact = latent.to(tl.float32)
+                    finite = tl.sum(exact * 0.0, axis=0) == 0.0  # of a maximum NaN is no part
+                    largest = tl.max(tl.abs(exact), axis=0)
+                    exponent = tl.maximum(((largest.to(tl.int32, bitcast=True) + 0x1FFFFF) >> 23) - 8, 1)
+                    exact = tl.minimum(tl.maximum(exact, -limit), limit)
+                    latent = _float8_bytes(exact * ((254 - exponent) << 23).to(tl.float32, bitcast=True))
+                    scale = (exponent << 23).to(tl.float32, bitcast=True)
+                    tl.store(scales_ptr + slot * s_scales, tl.where(finite, scale, float("nan")))
                 tl.store(c0_ptr + slot * s_c + column, latent, mask=column < C // 2)
                 behind = column - C // 2
                 tl.store(c1_ptr + slot * s_c + behind, latent, mask=(behind >= 0) & (column < C))
@@ -233,19 +255,26 @@ def write_latents(
         norm: [C], weight of the norm.
         q: [B, H, T, R], strided. cos, sin: [B or 1, T, R/2].
         lengths: [B], with the new tokens, which are the last ones.
-        c, k: [B, room, C] and [B, room, R]; written.
+        c, k: [B, room, C] and [B, room, R]; written. Latents in float8_e4m3fn with keys [B, room, R + 8] are rounded,
+            and their scales written behind the keys.
         plain, up_key: plain queries [B, H, T, P], strided, and W_UK [H, P, C] with contiguous heads, to absorb the
             latter into the former; for a few tokens.
 
     Returns:
         the rotated queries [H, B, T, R], and the latent ones [H, B, T, C] or, without `up_key`, [0]; contiguous.
     """
+    scales, R = None, q.shape[3]
+    if c.dtype == FLOAT8:
+        c, k, scales = c.view(torch.uint8), k[..., :R], scales_of(k, R)
     halves = (*c.tensor_split(2, dim=-1), *k.tensor_split(2, dim=-1))
-    return _launch_write(kv, norm, eps, q, cos, sin, lengths, halves, c.shape[1], interleaved, plain, up_key)
+    return _launch_write(kv, norm, eps, q, cos, sin, lengths, halves, c.shape[1], interleaved, plain, up_key, scales)
 
 
-def _launch_write(kv, norm, eps, q, cos, sin, at, halves, room, interleaved, plain, up_key) -> tuple[Tensor, Tensor]:
-    """halves: of latents and of keys, the numbers of a slot side by side; `at` are slots if there is no `room`."""
+def _launch_write(kv, norm, eps, q, cos, sin, at, halves, room, interleaved, plain, up_key, scales=None) -> tuple[Tensor, Tensor]:
+    """halves: of latents and of keys, the numbers of a slot side by side; `at` are slots if there is no `room`.
+
+    scales: [B, room], of latents that are written as bytes of float8.
+    """
     B, H, T, R = q.shape
     C = norm.shape[0]
     r = q.new_empty((H, B, T, R))
@@ -256,10 +285,11 @@ def _launch_write(kv, norm, eps, q, cos, sin, at, halves, room, interleaved, pla
     if B * T:
         with torch.cuda.device_of(q):
             _write_kernel[(B * T, 1 + turns + (H * (C // columns) if P else 0))](
-                kv, norm, q, plain, up_key, cos, sin, at, *halves, r, absorbed, eps, room or 0, B, T,
+                kv, norm, q, plain, up_key, cos, sin, at, *halves, scales, r, absorbed, eps, room or 0, B, T,
                 *kv.stride()[:2], q.stride(0), q.stride(2), q.stride(1),
                 *((plain.stride(0), plain.stride(2), plain.stride(1), up_key.stride(0)) if P else (0, 0, 0, 0)),
                 0 if len(cos) == 1 else cos.stride(0), cos.stride(1), halves[0].stride(-2), halves[2].stride(-2),
+                0 if scales is None else scales.stride(1), largest_of(q.dtype),
                 H=H, C=C, R=R, P=P, INTERLEAVED=interleaved, SLOTS=room is None, HEADS=heads, TURNS=turns,
                 CP=triton.next_power_of_2(C), PAIRS=max(1, triton.next_power_of_2(R // 2)),
                 PP=triton.next_power_of_2(max(P, 1)), COLUMNS=columns, num_warps=4, **overlapping(q),

@@ -141,6 +141,9 @@ def compile_all(name: str):
             module.multiprocessors = lambda x: 132
         if hasattr(module, "overlapping"):
             module.overlapping = lambda x: early
+        if hasattr(module, "converts_float8"):
+            module.converts_float8 = lambda x: not hip and target.arch >= 89
+            module.has_ptx = lambda x: not hip
 
     E, K = 64, 8
 
@@ -196,23 +199,30 @@ def compile_all(name: str):
 
     attention = modules["kernels_attention"]
 
-    def latent_tiles(x):
+    def latent_tiles(x, float8):
         if x.dtype == torch.float32:
             return attention.FLOAT32
-        return attention.CDNA if hip else attention.TABLE[max(key for key in attention.TABLE if key <= target.arch)]
+        table = attention.FLOAT8_TABLE if float8 else attention.TABLE
+        return attention.CDNA if hip else table[max(key for key in table if key <= target.arch)]
 
     attention._device, attention._INTERPRETED = latent_tiles, True  # the latter lets CPU tensors through
     wide = modules["kernels_wide"]
     found, none = [wide.fits, wide.launch], []
     attention._wide = lambda device: none
 
-    def decode(dtype, heads, B, *, T=1, C=512, R=64, S=4096, page=None, seen=False):
-        case = f"{heads} heads, batch {B}, {T} new tokens, widths {C} and {R}, page {page}"
+    def cached(dtype, B, S, C, R, float8):
+        if not float8:
+            return torch.empty(B, S, C, dtype=dtype), torch.empty(B, S, R, dtype=dtype)
+        return torch.empty(B, S, C, dtype=torch.float8_e4m3fn), torch.empty(B, S, R + 8, dtype=dtype)
+
+    def decode(dtype, heads, B, *, T=1, C=512, R=64, S=4096, page=None, seen=False, float8=False):
+        latents = "latents in float8, " if float8 else ""
+        case = f"{latents}{heads} heads, batch {B}, {T} new tokens, widths {C} and {R}, page {page}"
         context.update(dtype=str(dtype)[6:], case=case)
         q, r = torch.empty(heads, B, T, C, dtype=dtype), torch.empty(heads, B, T, R, dtype=dtype)
         lengths = torch.zeros(B, dtype=torch.int32)
         if page is None:
-            c, k = torch.empty(B, S, C, dtype=dtype), torch.empty(B, S, R, dtype=dtype)
+            c, k = cached(dtype, B, S, C, R, float8)
             mask = torch.ones(B, S, dtype=torch.bool) if seen else None
             attention.latent_decode(q, r, c, k, lengths, mask, scaling=1.0)
         else:
@@ -226,26 +236,28 @@ def compile_all(name: str):
     step = modules["kernels_step"]
     step.INTERPRETER = step.streaming_tile(2048, 2)
 
-    def few_tokens(dtype, every, B=2, H=16, D=2048, S=300):
-        context["case"] = "a step of few tokens"
+    def few_tokens(dtype, every, B=2, H=16, D=2048, S=300, float8=False):
+        context["case"] = "a step of few tokens, latents in float8" if float8 else "a step of few tokens"
         x, weight = torch.empty(B, D, dtype=dtype), torch.empty(576, D, dtype=dtype)
         norm, angles, lengths = torch.empty(D, dtype=dtype), torch.empty(B, 1, 32), torch.zeros(B, dtype=torch.int32)
+        kv, q = torch.empty(B, 1, 576, dtype=dtype), torch.empty(B, H, 1, 64, dtype=dtype)
+        up = torch.empty(H, 128, 512, dtype=dtype)
+        for interleaved, absorbs in ((True, (q[..., :1].expand(-1, -1, -1, 128), up)), (False, (None, None))):
+            buffers = cached(dtype, B, S, 512, 64, float8)
+            step.write_latents(kv, norm[:512], 1e-6, q, angles, angles, lengths, *buffers, interleaved, *absorbs)
+        latent = torch.empty(H, B, 1, 512, dtype=dtype)
+        for count in (B, 200) if every else ():  # with and without splits
+            queries = latent[:, :1].expand(-1, count, -1, -1), latent[:, :1, :, :64].expand(-1, count, -1, -1)
+            latents = cached(dtype, count, S, 512, 64, float8)
+            step.decode_values(*queries, *latents, torch.zeros(count, dtype=torch.int32), None, up, scaling=1.0)
+        if float8:
+            return
         step.norm_linear(x, norm, 1e-6, weight, weight)
         step.norm_router(x, norm, 1e-6, torch.empty(64, D))
         step.linear_add(x, weight, weight[:B, :576].contiguous())
-        kv, q = torch.empty(B, 1, 576, dtype=dtype), torch.empty(B, H, 1, 64, dtype=dtype)
-        buffers = torch.empty(B, S, 512, dtype=dtype), torch.empty(B, S, 64, dtype=dtype)
-        up = torch.empty(H, 128, 512, dtype=dtype)
-        for interleaved, absorbs in ((True, (q[..., :1].expand(-1, -1, -1, 128), up)), (False, (None, None))):
-            step.write_latents(kv, norm[:512], 1e-6, q, angles, angles, lengths, *buffers, interleaved, *absorbs)
         slots = torch.empty(S, 288, dtype=dtype)
         written = torch.zeros(B, dtype=torch.int64), slots, slots, True
         step.write_pages(kv.transpose(0, 1), norm[:512], 1e-6, q.permute(2, 1, 0, 3), angles, angles, *written)
-        latent = torch.empty(H, B, 1, 512, dtype=dtype)
-        for count in (B, 200) if every else ():  # with and without splits
-            c, k = torch.empty(count, S, 512, dtype=dtype), torch.empty(count, S, 64, dtype=dtype)
-            queries = latent[:, :1].expand(-1, count, -1, -1), latent[:, :1, :, :64].expand(-1, count, -1, -1)
-            step.decode_values(*queries, c, k, torch.zeros(count, dtype=torch.int32), None, up, scaling=1.0)
 
     for dtype in (torch.bfloat16, torch.float32):
         context["dtype"] = str(dtype)[6:]
@@ -260,6 +272,12 @@ def compile_all(name: str):
     decode(torch.bfloat16, 64, 8, page=64)
     decode(torch.bfloat16, 16, 64, page=256)
     decode(torch.bfloat16, 16, 1, T=8, C=128, R=0)
+    for heads, B in ((16, 8), (16, 200), (20, 8), (24, 200), (128, 8)):
+        decode(torch.bfloat16, heads, B, float8=True)
+    few_tokens(torch.bfloat16, True, float8=True)
+    if name == "sm_90":
+        decode(torch.float16, 16, 8, float8=True)
+        decode(torch.float32, 16, 8, float8=True)
     if name == "sm_90":
         attention._wide = lambda device: found
         logging.basicConfig()
