@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 from lamoe import decode_graph, modeling_lamoe
 from lamoe.attention import absorbed_attention, rotate_pairs
+from lamoe.float8 import FLOAT8, as_bytes, dequantised, quantised
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -52,6 +53,8 @@ def replace_kernels(monkeypatch):
 
     def latent_decode(q_HBTC, r_HBTR, c_BSC, k_BSR, lengths_B, seen_BS=None, *, scaling):
         T, S = q_HBTC.shape[2], c_BSC.shape[1]
+        if c_BSC.dtype == FLOAT8:
+            c_BSC, k_BSR = dequantised(c_BSC, k_BSR)
         limit = lengths_B.view(-1, 1, 1) - T + torch.arange(T).view(-1, 1)
         mask = torch.arange(S) <= limit
         if seen_BS is not None:
@@ -65,8 +68,9 @@ def replace_kernels(monkeypatch):
         C, T = norm.shape[0], kv.shape[1]
         at = (lengths.view(-1, 1) - T + torch.arange(T)).long().unsqueeze(2)
         turned = rotate_pairs(torch.cat((q, kv[:, None, :, C:]), dim=1), cos, sin, interleaved)
-        c.scatter_(1, at.expand(-1, -1, C), F.rms_norm(kv[..., :C], (C,), norm, eps))
-        k.scatter_(1, at.expand(-1, -1, k.shape[2]), turned[:, -1])
+        new = F.rms_norm(kv[..., :C], (C,), norm, eps), turned[:, -1]
+        for part, states in zip((c, k), quantised(*new) if c.dtype == FLOAT8 else new, strict=True):
+            as_bytes(part).scatter_(1, at.expand_as(states), as_bytes(states))
         return turned[:, :-1].transpose(0, 1).contiguous(), None
 
     monkeypatch.setattr(kernels_attention, "latent_decode", latent_decode)

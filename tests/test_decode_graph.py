@@ -62,6 +62,18 @@ def test_padding(model, expected, recordings):
     assert len(recordings) == 1
 
 
+def test_latents_in_float8(model, expected, recordings, monkeypatch):
+    monkeypatch.setattr(model.config, "latent_cache_dtype", "float8_e4m3fn")
+    ids = ids_of(2, 11)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    options = {"attention_mask": mask, "max_new_tokens": NEW}
+    got = generate(model, ids, return_dict_in_generate=True, **options)
+    assert torch.equal(got.sequences, expected(ids, **options))
+    assert got.past_key_values.recorded and got.past_key_values.layers[0].keys.dtype == torch.float8_e4m3fn
+    assert len(recordings) == 1
+
+
 def test_a_longer_buffer_is_recorded_anew(model, expected, recordings, monkeypatch):
     monkeypatch.setattr("lamoe.cache.ROOM", 5)
     ids = ids_of(1, 6)

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from lamoe.float8 import dequantised, quantised
 from tests.kernels import poison
 
 kernels = pytest.importorskip("lamoe.kernels_attention")
@@ -21,9 +22,12 @@ on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a GPU")]
 
 
 class Step:
-    """Random queries and a cache of ragged lengths; what no sequence has written is NaN."""
+    """Random queries and a cache of ragged lengths; what no sequence has written is NaN.
 
-    def __init__(self, H, B, T, C, R, S, dtype=torch.float32, seen=False, seed=0, lengths=None):
+    float8: latents of all magnitudes are cached so, and `c` is what can be read of them.
+    """
+
+    def __init__(self, H, B, T, C, R, S, dtype=torch.float32, seen=False, seed=0, lengths=None, float8=False):
         generator = torch.Generator().manual_seed(seed)
 
         def draw(*shape):
@@ -39,15 +43,22 @@ class Step:
         for part in (self.c, self.k):
             part.masked_fill_(~written[..., None], float("nan"))
         self.seen = (torch.rand(B, S, generator=generator) < 0.7).to(DEVICE) if seen else None
+        self.cached = None
+        if float8:
+            sizes = torch.exp2(torch.randint(-9, 2, (B, S, 1), generator=generator).float()).to(DEVICE, dtype)
+            self.cached = quantised(self.c * sizes, self.k)
+            self.c, _ = dequantised(*self.cached)
 
     def run(self, **options):
-        return latent_decode(self.q, self.r, self.c, self.k, self.lengths, self.seen, scaling=SCALING, **options)
+        cached = self.cached or (self.c, self.k)
+        return latent_decode(self.q, self.r, *cached, self.lengths, self.seen, scaling=SCALING, **options)
 
     def alone(self, b: int, **options):
         """What sequence b gets without the others, in a cache that is no longer than it."""
         n, rows = int(self.lengths[b]), slice(b, b + 1)
         seen = None if self.seen is None else self.seen[rows, :n]
-        parts = self.q[:, rows], self.r[:, rows], self.c[rows, :n], self.k[rows, :n], self.lengths[rows]
+        cached = (part[rows, :n] for part in self.cached or (self.c, self.k))
+        parts = self.q[:, rows], self.r[:, rows], *cached, self.lengths[rows]
         return latent_decode(*parts, seen, scaling=SCALING, **options)
 
     def pages(self, page: int, flat: bool = False, room: int = 0, **options):
@@ -120,6 +131,36 @@ def test_definition(shape, seen):
     assert_within_budget(step.run(batch_invariant=True), step)
 
 
+@pytest.fixture(params=["converted", "from bytes"])
+def float8_way(request, monkeypatch):
+    """Both ways to read float8, whatever the device has instructions for."""
+    if request.param == "from bytes":
+        monkeypatch.setattr(kernels, "converts_float8", lambda x: False)
+
+
+@pytest.mark.parametrize("seen", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_latents_in_float8(shape, seen, float8_way):
+    step = Step(*shape, seen=seen, float8=True)
+    for options in ({}, {"batch_invariant": True}):
+        got = step.run(**options)
+        assert_within_budget(got, step)
+        if not GPU:  # which has other tiles for them
+            full = latent_decode(step.q, step.r, step.c, step.k, step.lengths, step.seen, scaling=SCALING, **options)
+            assert all(torch.equal(a, b) for a, b in zip(got, full, strict=True))
+
+
+def test_every_number_of_float8_is_read(float8_way):
+    """The output of a query that sees one key is its latent."""
+    every = torch.arange(256, dtype=torch.uint8)[torch.arange(256) % 128 < 127].view(torch.float8_e4m3fn)
+    c8 = torch.cat((every, every[:2])).view(8, 1, 32).to(DEVICE)
+    k = torch.zeros(8, 1, 2 + 8, device=DEVICE)
+    k[..., 2] = torch.exp2(torch.tensor([-126.0, -50, -9, -1, 0, 1, 40, 118], device=DEVICE)).unsqueeze(1)
+    q, lengths = torch.zeros(1, 8, 1, 32, device=DEVICE), torch.ones(8, dtype=torch.int32, device=DEVICE)
+    out, _ = latent_decode(q, q[..., :2], c8, k, lengths, scaling=SCALING)
+    assert torch.equal(out[0], dequantised(c8, k)[0])
+
+
 @pytest.mark.parametrize("page", [1, 5, 16, 32])
 @pytest.mark.parametrize("shape", SHAPES[:4])
 def test_pages(shape, page):
@@ -143,12 +184,13 @@ def test_flat_lists_of_slots():
     assert_within_budget(step.pages(1, flat=True), step)
 
 
+@pytest.mark.parametrize("float8", [False, True])
 @pytest.mark.parametrize("shape", [(16, 5, 1, 32, 16, 70), (40, 5, 2, 32, 16, 70)])
-def test_a_row_alone_equals_the_row_in_a_batch(shape, monkeypatch):
+def test_a_row_alone_equals_the_row_in_a_batch(shape, float8, monkeypatch):
     monkeypatch.setattr(kernels, "INVARIANT_KEYS", 16)
     if not GPU:  # BLAS rounds a row by its place in the matrix
         monkeypatch.setattr("numpy.matmul", lambda a, b, dtype=None: (a[:, :, None] * b[None]).sum(1, dtype=dtype))
-    step = Step(*shape)
+    step = Step(*shape, float8=float8)
     out, lse = step.run(batch_invariant=True)
     for b in range(shape[1]):
         alone, alone_lse = step.alone(b, batch_invariant=True)
@@ -201,8 +243,12 @@ def test_nothing_to_do():
 def test_the_operator_is_registered_properly():
     step = Step(16, 2, 1, 32, 16, 20)
     c0, c1 = step.c.chunk(2, -1)
-    arguments = (step.q, step.r, c0, c1, step.k, None, step.lengths, None, None, None, 0, 20, SCALING, False)
-    torch.library.opcheck(kernels._latent_decode, arguments)
+    rest = (None, step.lengths, None, None, None, 0, 20, SCALING, False)
+    torch.library.opcheck(kernels._latent_decode, (step.q, step.r, c0, c1, step.k, *rest))
+    c8, k = Step(16, 2, 1, 32, 16, 20, float8=True).cached
+    known = ("test_autograd_registration", "test_faketensor")  # the others multiply what they are given
+    arguments = step.q, step.r, *c8.tensor_split(2, -1), k, *rest
+    torch.library.opcheck(kernels._latent_decode, arguments, test_utils=known)
 
 
 @pytest.mark.parametrize(
@@ -368,8 +414,9 @@ def gpu(function):
 @pytest.mark.parametrize("H", [16, 20, 24, 40, 64, 128])
 def test_gpu_definition(H, T, dtype):
     for B, S in ((1, 3000), (7, 700), (200 if H * T <= 160 else 70, 130)):
-        step = Step(H, B, T, 512, 64, S, dtype)
-        assert_within_budget(step.run(), step)
+        for float8 in (False, True):
+            step = Step(H, B, T, 512, 64, S, dtype, float8=float8)
+            assert_within_budget(step.run(), step)
 
 
 @gpu
@@ -382,14 +429,29 @@ def test_gpu_widths_and_caches(H, C, R):
         assert_within_budget(step.pages(page), step)
     assert_within_budget(step.pages(256, room=508), step)
     assert_within_budget(step.pages(1, flat=True), step)
-    seen = Step(H, 5, 2, C, R, 900, torch.bfloat16, seen=True)
-    assert_within_budget(seen.run(), seen)
+    for float8 in (False, True):
+        seen = Step(H, 5, 2, C, R, 900, torch.bfloat16, seen=True, float8=float8)
+        assert_within_budget(seen.run(), seen)
 
 
 @gpu
+@pytest.mark.parametrize("C, R", WIDTHS)
+@pytest.mark.parametrize("H", [16, 20, 128])
+def test_gpu_latents_in_float8(H, C, R, float8_way):
+    for B, S in ((2, 3000), (140, 200)):
+        step = Step(H, B, 1, C, R, S, torch.bfloat16, float8=True)
+        first = step.run()
+        assert_within_budget(first, step)
+        assert_within_budget(step.run(batch_invariant=True), step)
+        for _ in range(RUNS):
+            assert all(torch.equal(a, b) for a, b in zip(step.run(), first, strict=True))
+
+
+@gpu
+@pytest.mark.parametrize("float8", [False, True])
 @pytest.mark.parametrize("H", [16, 40, 128])
-def test_gpu_a_row_alone_equals_the_row_in_a_batch_of_128(H):
-    step = Step(H, 128, 1, 512, 64, 3000, torch.bfloat16)
+def test_gpu_a_row_alone_equals_the_row_in_a_batch_of_128(H, float8):
+    step = Step(H, 128, 1, 512, 64, 3000, torch.bfloat16, float8=float8)
     out, _ = step.run(batch_invariant=True)
     for b in (0, 1, 64, 127):
         assert torch.equal(step.alone(b, batch_invariant=True)[0][:, 0], out[:, b])
@@ -398,16 +460,16 @@ def test_gpu_a_row_alone_equals_the_row_in_a_batch_of_128(H):
 
 
 @gpu
-@pytest.mark.parametrize("H", [16, 128])
-def test_gpu_graph_replays_for_other_lengths(H):
-    step = Step(H, 4, 1, 512, 64, 2000, torch.bfloat16)
+@pytest.mark.parametrize("H, float8", [(16, False), (16, True), (128, False)])
+def test_gpu_graph_replays_for_other_lengths(H, float8):
+    step = Step(H, 4, 1, 512, 64, 2000, torch.bfloat16, float8=float8)
     step.run()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out, _ = step.run()
     for lengths in ([1, 2000, 77, 64], [5, 6, 7, 8]):
-        step.c.nan_to_num_()
-        step.k.nan_to_num_()
+        for part in step.cached or (step.c, step.k):
+            part.copy_(part.to(torch.bfloat16).nan_to_num())
         step.lengths.copy_(torch.tensor(lengths))
         graph.replay()
         assert torch.equal(out, step.run()[0])

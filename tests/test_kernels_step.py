@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from lamoe import modeling_lamoe
 from lamoe.attention import LamoeRMSNorm, rotate_pairs
 from lamoe.cache import GrowingCache
+from lamoe.float8 import FLOAT8, dequantised, quantised
 from tests.kernels import assert_within_budget
 from tests.tiny import lamoe_model, random_ids
 
@@ -86,6 +87,49 @@ def test_write_latents(P, R, interleaved, T, one_position):
                 assert part[b, : last - T].isnan().all() and part[b, last:].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16][: len(DTYPES) + (not GPU)], ids=str)
+@pytest.mark.parametrize("C, R", [(32, 0), (32, 8), (48, 20)])
+def test_write_latents_in_float8(C, R, dtype):
+    """Bit for bit what `quantised` makes of the latents that the kernel writes in full."""
+    B, H, T, room = 3, 5, 2, 11
+    kv, q = random(B, T, C + R, dtype=dtype), random(B, H, T, R, seed=1, dtype=dtype)
+    cos, sin, weight = random(B, T, R // 2, seed=3), random(B, T, R // 2, seed=4), random(C, seed=5, dtype=dtype)
+    weight *= torch.exp2(torch.linspace(-14, 3, C, device=DEVICE)).to(dtype)
+    kv[1, 1] = 0
+    lengths = torch.tensor([5, 11, 2], device=DEVICE, dtype=torch.int32)
+    full, rounded = ([torch.zeros(B, room, width, device=DEVICE, dtype=dtype) for width in (C, R)] for _ in range(2))
+    rounded = [x.clone() for x in quantised(*rounded)]
+    untouched = [x.clone() for x in rounded]
+    arguments = kv, weight, EPS, q, cos, sin, lengths
+    expected = kernels.write_latents(*arguments, *full, True)
+    got = kernels.write_latents(*arguments, *rounded, True)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    for b, last in enumerate(lengths.tolist()):
+        new = slice(last - T, last)
+        for part, made, kept in zip(rounded, quantised(*(x[b, new] for x in full)), untouched, strict=True):
+            kept[b, new] = made
+            assert torch.equal(part[b].view(torch.uint8), kept[b].view(torch.uint8))
+    kv[0, 0, 3] = float("nan")
+    kernels.write_latents(*arguments, *rounded, True)
+    read = dequantised(*rounded)[0]
+    assert read[0, 3].isnan().all() and not read[0, 4].isnan().any()
+
+
+def test_bytes_of_float8():
+    """The nearest, or nearest even one: of all of float8, the middles between them, and their neighbours."""
+    every = torch.arange(127, dtype=torch.uint8).view(FLOAT8).float()
+    middles = (every[1:] + every[:-1]) / 2
+    beside = [middles.nextafter(torch.tensor(end)) for end in (0.0, 448.0)]
+    x = torch.cat((every, middles, *beside, torch.rand(11) * 2**-12)).to(DEVICE)
+    none = x.new_zeros(2, 1, 1, 0)
+    c, k = quantised(x.new_zeros(2, 1, len(x)), none[:, 0])
+    signs = torch.tensor([1.0, -1.0], device=DEVICE).view(2, 1, 1).repeat(1, 1, len(x))  # of which the norm is one
+    lengths = torch.ones(2, dtype=torch.int32, device=DEVICE)
+    kernels.write_latents(signs, x, 0.0, none, none[:, 0], none[:, 0], lengths, c, k, True)
+    assert torch.equal(c.view(torch.uint8), quantised(signs * x, none[:, 0])[0].view(torch.uint8))
+    assert torch.equal(dequantised(c, k)[0][:, 0, :127], signs[:, 0, :127] * every.to(DEVICE))
+
+
 @pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize("R", [0, 8, 20])
 def test_write_pages(R, interleaved):
@@ -108,10 +152,13 @@ def test_write_pages(R, interleaved):
     torch.testing.assert_close(rows, expected, equal_nan=True)
 
 
+@pytest.mark.parametrize("float8", [False, True])
 @pytest.mark.parametrize("V, B, S", [(8, 2, 150), (20, 3, 7)])  # several splits, and one
-def test_decode_values(V, B, S):
+def test_decode_values(V, B, S, float8):
     H, T, C, R = 3, 2, 32, 8
     q, r, c, k = random(H, B, T, C), random(H, B, T, R, seed=1), random(B, S, C, seed=2), random(B, S, R, seed=3)
+    if float8:
+        c, k = quantised(c, k)
     up_value = random(H, V + 4, C, seed=4)[:, 4:]
     lengths = torch.arange(S - B + 1, S + 1, device=DEVICE, dtype=torch.int32)
     out, _ = latent_decode(q, r, c, k, lengths, scaling=0.2)
@@ -129,14 +176,19 @@ def test_operators():
     written = (kv, random(32), EPS, q, angles, angles, lengths, c, k, True)
     torch.library.opcheck(kernels.write_latents, written)
     torch.library.opcheck(kernels.write_latents, (*written, random(2, 4, 1, 6), random(4, 6, 32)))
+    known = ("test_autograd_registration", "test_faketensor")  # the others multiply what they are given
+    torch.library.opcheck(kernels.write_latents, (*written[:7], *quantised(c, k), True), test_utils=known)
     slots = torch.tensor([3, -1], device=DEVICE), random(6, 24), random(6, 24, seed=1)
     torch.library.opcheck(kernels.write_pages, (*written[:6], *slots, True))
     latent, turned = random(4, 2, 1, 32), random(4, 2, 1, 16)
     torch.library.opcheck(kernels._decode_values, (latent, turned, c, k, lengths, None, random(4, 8, 32), 0.2))
 
 
-@pytest.mark.parametrize("family, B, T", [("v3", 1, 1), ("v2-lite", 3, 1), ("glm-4.7-flash", 2, 1), ("v3", 2, 2)])
-def test_a_fused_layer_is_the_layer(family, B, T, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "family, B, T, latent_dtype",
+    [("v3", 1, 1, None), ("v2-lite", 3, 1, None), ("glm-4.7-flash", 2, 1, FLOAT8), ("v3", 2, 2, None)],
+)
+def test_a_fused_layer_is_the_layer(family, B, T, latent_dtype, tmp_path, monkeypatch):
     """Recorded steps, in the order of a recording, against the same steps by the layers' own forward."""
     _, model = lamoe_model(family, tmp_path, torch.float32, kv_lora_rank=32)
     model.config.mla_implementation = "triton"
@@ -153,7 +205,7 @@ def test_a_fused_layer_is_the_layer(family, B, T, tmp_path, monkeypatch):
 
     @torch.no_grad()
     def logits(recorded: bool):
-        cache, found = GrowingCache(config=model.config), []
+        cache, found = GrowingCache(config=model.config, latent_dtype=latent_dtype), []
         model(ids[:, :10], past_key_values=cache)
         for i in (10, 10 + T):
             step = {"input_ids": ids[:, i : i + T], "past_key_values": cache}
@@ -167,7 +219,7 @@ def test_a_fused_layer_is_the_layer(family, B, T, tmp_path, monkeypatch):
                     layer.advance(T)
             else:
                 found.append(model(**step).logits)
-        return torch.cat(found, dim=1), [layer.keys.clone() for layer in cache.layers]
+        return torch.cat(found, dim=1), [layer.keys.float() for layer in cache.layers]
 
     expected, latents = logits(False)
     assert not calls

@@ -113,6 +113,19 @@ def test_tokens_are_those_without_drafts(models, unrecorded, recordings, half_ri
                 assert drafts[row].tolist() == plain_drafts(model, prefix, depths)
 
 
+def test_latents_in_float8(models, unrecorded, recordings, monkeypatch):
+    """The drafts' own caches hold theirs in full; the model's, whose rows come without holes, goes on."""
+    model, (ids, mask) = models[1], prompts(3)
+    monkeypatch.setattr(model.config, "latent_cache_dtype", "float8_e4m3fn")
+    expected = unrecorded(model, ids, attention_mask=mask)
+    got = drafted(model, ids, attention_mask=mask, return_dict_in_generate=True)
+    assert torch.equal(got.sequences, expected) and len(recordings) == 2
+    assert {layer.keys.dtype for layer in got.past_key_values.layers} == {torch.float8_e4m3fn}
+    seen = torch.cat((mask, mask.new_ones(3, NEW)), dim=1)
+    more = unrecorded(model, expected, attention_mask=seen, past_key_values=got.past_key_values, max_new_tokens=4)
+    assert torch.equal(more, unrecorded(model, ids, attention_mask=mask, max_new_tokens=NEW + 4))
+
+
 def test_a_prompt_of_one_token_behind_a_cache(models, unrecorded, recordings):
     """The hook that reads its states stops no later round from being recorded."""
     model, (ids, _) = models[1], prompts(1)
