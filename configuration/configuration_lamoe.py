@@ -90,8 +90,8 @@ _TRANSFORMERS_KEYS = {
 # Fields of ours alone that no other program needs to know.
 _OWN_CHOICES = (
     "router_nonfinite", "router_implementation", "mla_form", "mla_absorb_max_tokens", "mla_implementation",
-    "latent_cache_dtype", "skip_logits", "expert_recompute", "aux_loss_scope", "device_loss_alpha", "communication_loss_alpha",
-    "expert_devices", "mtp_loss_coef",
+    "latent_cache_dtype", "skip_logits", "expert_recompute", "aux_loss_scope", "device_loss_alpha",
+    "communication_loss_alpha", "expert_devices", "mtp_loss_coef",
 )  # fmt: skip
 # Keys of published config.json files that say nothing this model needs: read, and not kept.
 _SUPERSEDED_KEYS = ("head_dim", "qk_head_dim", "mlp_bias", "_post_init_done")

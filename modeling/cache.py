@@ -204,6 +204,12 @@ class GrowingCache(DynamicCache):
         return super().get_seq_length(layer_idx) if self.cursor is None else self.cursor[0]
 
 
+def default_cache(config, room: int = 0) -> GrowingCache:
+    """What `generate` takes by itself: latents in `config.latent_cache_dtype`."""
+    dtype = config.latent_cache_dtype
+    return GrowingCache(config=config, room=room, latent_dtype=dtype and getattr(torch, dtype))
+
+
 def _growing(layer, latent_dtype: torch.dtype | None):
     if type(layer) is not DynamicLayer:
         return layer

@@ -8,7 +8,7 @@ from transformers.cache_utils import DynamicCache, StaticCache, StaticLayer
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.utils import logging
 
-from .cache import GrowingCache
+from .cache import GrowingCache, default_cache
 from .decode_graph import never_recorded, settle
 from .mtp_generation import Speculation, speculate
 
@@ -85,21 +85,20 @@ class LamoeGenerationMixin:
         """Transformers' choice of a cache; its default one grows in place.
 
         So does a static one that would be compiled, if steps can be recorded instead: with all its room from the
-        start, it is faster and does not wait for a compiler. A `compile_config` asks for the compiler. The growing ones
-        hold latents in `config.latent_cache_dtype`.
+        start, it is faster and does not wait for a compiler. A `compile_config` asks for the compiler. Both hold
+        latents in `config.latent_cache_dtype`.
         """
         given = model_kwargs.get("past_key_values")
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if type(given) is GrowingCache:
             given.recorded = None  # adapters may have come or gone since
-        cache, dtype = model_kwargs.get("past_key_values"), self.config.latent_cache_dtype
-        options = {"config": self.config, "latent_dtype": dtype and getattr(torch, dtype)}
+        cache = model_kwargs.get("past_key_values")
         if given is None and type(cache) is DynamicCache and not cache.offloading:
-            model_kwargs["past_key_values"] = GrowingCache(**options)
+            model_kwargs["past_key_values"] = default_cache(self.config)
         elif given is None and type(cache) is StaticCache and self._records_instead(cache, generation_config):
             drafts = self.config.num_nextn_predict_layers if generation_config.use_mtp else 0
             room = cache.layers[0].max_cache_len + drafts  # which the last round makes too many of
-            model_kwargs["past_key_values"] = GrowingCache(**options, room=room)
+            model_kwargs["past_key_values"] = default_cache(self.config, room)
         elif cache is not None and getattr(cache, "latent_dtype", None) is None:
             self._warn_of_latents_in_full(type(cache).__name__)
 

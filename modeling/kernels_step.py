@@ -171,8 +171,8 @@ def _float8_bytes(x):
 @triton.jit(do_not_specialize=["room", "T"])
 def _write_kernel(
     kv_ptr, norm_ptr, q_ptr, plain_ptr, up_ptr, cos_ptr, sin_ptr, at_ptr, c0_ptr, c1_ptr, k0_ptr, k1_ptr, scales_ptr,
-    r_ptr, absorbed_ptr, eps, room, B, T, s_kv_b, s_kv_t, sq_b, sq_t, sq_h, sp_b, sp_t, sp_h, s_up, s_cos_b, s_cos_t, s_c,
-    s_k, s_scales, limit,
+    r_ptr, absorbed_ptr, eps, room, B, T, s_kv_b, s_kv_t, sq_b, sq_t, sq_h, sp_b, sp_t, sp_h, s_up, s_cos_b, s_cos_t,
+    s_c, s_k, s_scales, limit,
     H: tl.constexpr, C: tl.constexpr, R: tl.constexpr, P: tl.constexpr, INTERLEAVED: tl.constexpr,
     SLOTS: tl.constexpr, HEADS: tl.constexpr, TURNS: tl.constexpr, CP: tl.constexpr, PAIRS: tl.constexpr,
     PP: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
@@ -270,7 +270,9 @@ def write_latents(
     return _launch_write(kv, norm, eps, q, cos, sin, lengths, halves, c.shape[1], interleaved, plain, up_key, scales)
 
 
-def _launch_write(kv, norm, eps, q, cos, sin, at, halves, room, interleaved, plain, up_key, scales=None) -> tuple[Tensor, Tensor]:
+def _launch_write(
+    kv, norm, eps, q, cos, sin, at, halves, room, interleaved, plain, up_key, scales=None
+) -> tuple[Tensor, Tensor]:
     """halves: of latents and of keys, the numbers of a slot side by side; `at` are slots if there is no `room`.
 
     scales: [B, room], of latents that are written as bytes of float8.

@@ -32,8 +32,8 @@ from transformers.generation import (
 )
 
 from .cache import GrowingLayer
-from .float8 import as_bytes
 from .decode_graph import replayed_tokens, settle
+from .float8 import as_bytes
 from .mtp_drafts import Drafter
 
 # Processors that keep a state from step to step, which a rejected draft would spoil.

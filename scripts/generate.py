@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer, DynamicCache, StaticCache, TextStreamer, set_seed
+from transformers import AutoTokenizer, StaticCache, TextStreamer, set_seed
 from trl import TrlParser
 
 from lamoe import LamoeForCausalLM
+from lamoe.cache import default_cache
 from lamoe.hub import load_complete
 
 
@@ -100,7 +101,7 @@ def main(arguments: Arguments):
     if arguments.temperature > 0:
         sampling = {"do_sample": True, "temperature": arguments.temperature}
         sampling |= {"top_p": arguments.top_p, "top_k": arguments.top_k}
-    cache = DynamicCache(config=model.config)
+    cache = default_cache(model.config)
     if arguments.static:
         cache = StaticCache(config=model.config, max_cache_len=length + arguments.max_new_tokens)
     streamer = TimedStreamer(tokenizer)

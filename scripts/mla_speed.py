@@ -2,11 +2,13 @@
 
 import statistics
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lamoe.attention import absorbed_attention
+from lamoe.float8 import COLUMNS, FLOAT8, quantised
 from lamoe.kernels_attention import latent_decode, latent_decode_pages
 from lamoe.scripts.expert_speed import captured, copy_speed, milliseconds
 
@@ -16,11 +18,22 @@ SHAPES = ((1, 1024), (1, 16384), (1, 65536), (8, 4096), (8, 65536), (32, 16384),
 COLD = 2**27
 
 
+class Rival(NamedTuple):
+    """Name; the output [H, B, T, C] or [B, T, H, C] of the i-th call; bytes of a cache; and whether the output is
+    [H, B, T, C] of the sequences in their order, and so can be judged."""
+
+    name: str
+    call: Callable[[int], Tensor]
+    bytes: int
+    judged: bool = True
+
+
 class Caches:
     """Several caches of one shape in bfloat16, each in rows and in permuted pages, and queries for all."""
 
     def __init__(self, heads: int, batch: int, context: int, new_tokens: int = 1):
         self.bytes = batch * context * (C + R) * 2
+        self.float8_bytes = batch * context * (C + (R + COLUMNS) * 2)
         copies = max(1, min(8, -(-COLD // self.bytes)))
         self.calls = 8
         self.lengths = torch.full((batch,), context, dtype=torch.int32, device="cuda")
@@ -32,9 +45,34 @@ class Caches:
         pages = context // PAGE
         self.table = torch.randperm(batch * pages, device="cuda", dtype=torch.int32).view(batch, pages)
 
-    def rivals(self) -> Iterator[tuple[str, Callable[[int], Tensor]]]:
-        """Name, and the output [H, B, T, C] or [B, T, H, C] of the i-th call."""
+    def in_float8(self) -> list[tuple[Tensor, Tensor]]:
+        """The same with latents in float8, as a GrowingCache holds them; enough of them to be cold."""
+        batch, context, _ = self.rows[0].shape
+        made = []
+        for i in range(max(1, min(8, -(-COLD // self.float8_bytes)))):
+            c8 = torch.empty(batch, context, C, device="cuda", dtype=FLOAT8)
+            values = torch.empty(batch, context, R + COLUMNS, device="cuda", dtype=torch.bfloat16)
+            for row, *parts in zip(self.rows[i % len(self.rows)], c8, values, strict=True):
+                for part, states in zip(parts, quantised(*row.split((C, R), dim=-1)), strict=True):
+                    part.copy_(states)
+            made.append((c8, values))
+        return made
+
+    def error(self, out: Tensor) -> float:
+        """How far the first sequence's [H, T, C] of `out` [H, B, T, C] is from attention over its unrounded cache in
+        float64, relative to that."""
+        c, k = self.rows[0][0].double().split((C, R), dim=-1)
+        q, r, got = (x[:, 0].double() for x in (self.q, self.r, out))
+        T, S = q.shape[1], len(c)
+        limit = S - T + torch.arange(T, device="cuda").unsqueeze(1)
+        scores = (q @ c.mT + r @ k.mT).masked_fill(torch.arange(S, device="cuda") > limit, float("-inf"))
+        exact = (scores * self.scaling).softmax(dim=-1) @ c
+        return ((got - exact).norm() / exact.norm()).item()
+
+    def rivals(self) -> Iterator[Rival]:
+        """Whom to compare; the first is the measure of the others."""
         scaling, lengths, count = self.scaling, self.lengths, len(self.rows)
+        float8 = self.in_float8()
 
         def lamoe(i: int) -> Tensor:
             c, k = self.rows[i % count].split((C, R), dim=-1)
@@ -48,10 +86,15 @@ class Caches:
 
         def eager(i: int) -> Tensor:
             c, k = self.rows[i % count].split((C, R), dim=-1)
-            return absorbed_attention(self.q.transpose(0, 1), self.r.transpose(0, 1), c, k, None, scaling)[0]
+            out, _ = absorbed_attention(self.q.transpose(0, 1), self.r.transpose(0, 1), c, k, None, scaling)
+            return out.transpose(0, 1)
 
-        yield "lamoe", lamoe
-        yield "lamoe pages", lamoe_pages
+        def lamoe_float8(i: int) -> Tensor:
+            return latent_decode(self.q, self.r, *float8[i % len(float8)], lengths, scaling=scaling)[0]
+
+        yield Rival("lamoe", lamoe, self.bytes)
+        yield Rival("lamoe fp8", lamoe_float8, self.float8_bytes)
+        yield Rival("lamoe pages", lamoe_pages, self.bytes, judged=False)
         flash = flash_mla()
         if flash is not None:
             q = torch.cat((self.q, self.r), dim=-1).permute(1, 2, 0, 3).contiguous()
@@ -59,9 +102,9 @@ class Caches:
             def flash_call(i: int) -> Tensor:
                 return flash(q, self.rows[i % count].view(-1, PAGE, 1, C + R), self.table, lengths, scaling)
 
-            yield "FlashMLA", flash_call
+            yield Rival("FlashMLA", flash_call, self.bytes, judged=False)
         if self.bytes < 2**31:
-            yield "torch absorbed", eager
+            yield Rival("torch absorbed", eager, self.bytes, judged=self.q.shape[2] == 1)
 
 
 def flash_mla() -> Callable | None:
@@ -84,13 +127,14 @@ def flash_mla() -> Callable | None:
 
 @torch.no_grad()
 def kernel_cost(heads: int, batch: int, context: int, new_tokens: int = 1) -> list[dict]:
-    """Microseconds of one step by CUDA graph, with cold caches, beside the time that they take through memory."""
-    caches = Caches(heads, batch, context, new_tokens)
-    floor = caches.bytes / copy_speed() * 1e6
+    """Microseconds of one step by CUDA graph, with cold caches, beside the time that they take through memory; and the
+    output's relative error."""
+    caches, speed = Caches(heads, batch, context, new_tokens), copy_speed()
     rows = []
-    for name, call in caches.rivals():
+    for rival in caches.rivals():
+        floor = rival.bytes / speed * 1e6
 
-        def run(call=call):
+        def run(call=rival.call):
             for i in range(caches.calls):
                 call(i)
 
@@ -98,8 +142,9 @@ def kernel_cost(heads: int, batch: int, context: int, new_tokens: int = 1) -> li
         us = statistics.median(milliseconds(graph.replay, 3) for _ in range(5)) / caches.calls * 1e3
         rows.append(
             {
-                "heads": heads, "batch": batch, "context": context, "new_tokens": new_tokens, "who": name,
+                "heads": heads, "batch": batch, "context": context, "new_tokens": new_tokens, "who": rival.name,
                 "us": us, "floor_us": floor, "share_of_floor": floor / us,
+                "error": caches.error(rival.call(0)) if rival.judged else None,
             }
         )  # fmt: skip
     for row in rows:

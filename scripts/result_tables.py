@@ -60,6 +60,10 @@ def _mla(rows: list[dict]) -> list[str]:
         pairs = [[by[heads, *shape, who]["us"] for who in ("FlashMLA", "lamoe")] for shape in shapes]
         cells = (" / ".join(f"{us:.1f}" if us < 100 else f"{us:,.0f}" for us in pair) for pair in pairs)
         lines.append(f"| {heads} heads | " + " | ".join(cells) + " |")
+    for heads in sorted({r["heads"] for r in rows if r["who"] == "lamoe fp8"}):
+        cells = [by[heads, *shape, "lamoe fp8"] for shape in shapes]
+        shown = (f"{r['us']:,.{1 if r['us'] < 100 else 0}f} ({r['error']:.1%})" for r in cells)
+        lines.append(f"| {heads} heads, Lamoe with latents in float8 (relative error) | " + " | ".join(shown) + " |")
     return lines
 
 

@@ -69,6 +69,10 @@ REFUSED = {
         {"mla_implementation": "cuda"},
         "mla_implementation='cuda' is not one of 'auto', 'eager', 'triton'.",
     ),
+    "latent_cache_dtype": (
+        {"latent_cache_dtype": "float8_e5m2"},
+        "latent_cache_dtype='float8_e5m2' is not one of 'float8_e4m3fn'; None is the model's dtype.",
+    ),
     "odd rotary width": (
         {"qk_rope_head_dim": 7},
         "qk_rope_head_dim=7 must be even and not negative: positions turn pairs; use 64 as the published models do, "
@@ -317,6 +321,15 @@ def test_written_files_are_natively_readable_and_come_back(preset, tmp_path):
     assert {k: v for k, v in again.items() if k != "auto_map"} == {
         k: v for k, v in config.to_dict().items() if k not in ("auto_map", "architectures")
     } | {"architectures": written["architectures"]}
+
+
+def test_the_dtype_of_cached_latents_is_written_if_it_is_chosen(tmp_path):
+    config = LamoeConfig.from_preset("tiny", latent_cache_dtype="float8_e4m3fn")
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["latent_cache_dtype"] == "float8_e4m3fn"
+    assert LamoeConfig.from_pretrained(tmp_path).latent_cache_dtype == "float8_e4m3fn"
+    assert type(AutoConfig.from_pretrained(tmp_path)) in (DeepseekV2Config, DeepseekV3Config)
+    assert "latent_cache_dtype" not in LamoeConfig.from_preset("tiny").serving_dict(use_diff=False)
 
 
 def test_a_configuration_saved_without_its_model_leads_to_no_model_code(tmp_path):

@@ -58,7 +58,8 @@ def test_rounding(dtype):
         assert torch.equal(back.double(), exact)
     error = (exact - c.double()).abs()
     assert (error <= torch.maximum(c.double().abs() / 16, largest.unsqueeze(-1) * 2**-17)).all()
-    assert ((back.double() - c.double()) / scales.unsqueeze(-1)).norm() < 0.03 * (c.double() / scales.unsqueeze(-1)).norm()
+    back, c = (x.double() / scales.unsqueeze(-1) for x in (back, c))
+    assert (back - c).norm() < 0.03 * c.norm()
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
@@ -129,7 +130,7 @@ def test_behind_a_cursor_and_in_a_copy():
     twin = copy.deepcopy(ours)
     append(ours, 1)
     for mine, other in zip(twin.layers, plain.layers, strict=True):
-        assert all(torch.equal(as_bytes(a), as_bytes(b)) for a, b in ((mine.keys, other.keys), (mine.values, other.values)))
+        assert torch.equal(as_bytes(mine.keys), as_bytes(other.keys)) and torch.equal(mine.values, other.values)
 
 
 def test_offloading_and_layers_made_when_they_are_needed():
@@ -146,7 +147,7 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"latent_dtype=torch.int8 is neither torch.float8_e4m3fn nor None"):
         GrowingCache(latent_dtype=torch.int8)
     states = torch.randn(1, 1, 2, 6, requires_grad=True), torch.randn(1, 1, 2, 4)
-    with pytest.raises(ValueError, match=r"have no gradient: call the model under torch.no_grad\(\), or use a cache w"):
+    with pytest.raises(ValueError, match=r"have no gradient: call the model under torch.no_grad\(\), or use a cach"):
         float8_cache(CONFIG).update(*states, 0)
 
 
@@ -158,7 +159,7 @@ def test_bytes_a_token(dtype):
         cache.update(torch.randn(3, 1, 7, 512, dtype=dtype), torch.randn(3, 1, 7, 64, dtype=dtype), i)
     held = sum(part.nbytes for layer in cache.layers for part in (layer.keys, layer.values))
     assert held == 3 * 7 * 2 * (512 + (64 + 8) * dtype.itemsize) == 3 * 7 * config.kv_bytes_per_token(dtype.itemsize)
-    assert 2 * 656 == config.kv_bytes_per_token() < 0.57 * LamoeConfig.from_preset("v2-lite").kv_bytes_per_token() / 13.5
+    assert config.kv_bytes_per_token() == 2 * 656
 
 
 # The model.
@@ -222,8 +223,8 @@ def test_other_caches_say_once_that_they_ignore_it(ours, monkeypatch):
     for _ in range(2):
         generate(ours, ids, max_new_tokens=2, past_key_values=DynamicCache(config=ours.config))
     assert said == [
-        "latent_cache_dtype='float8_e4m3fn' is for generate's default cache; this DynamicCache holds latents in its own "
-        "dtype."
+        "latent_cache_dtype='float8_e4m3fn' is for generate's default cache; this DynamicCache holds latents in its "
+        "own dtype."
     ]
     generate(ours, ids, max_new_tokens=2, cache_implementation="static", disable_compile=True)
     assert len(said) == 2 and "this StaticCache" in said[1]

@@ -119,7 +119,7 @@ def modeling_problems(name: str, source: str, tree: ast.AST) -> Iterator[str]:
                 yield f"{where}: {node.module} is not in the table."
             elif ROW[node.module] >= ROW[name]:
                 yield f"{where}: {name} may import only from the rows above its own in the table."
-            elif name.startswith("kernels_") and not node.module.startswith("kernels_"):
+            elif name.startswith("kernels_") and not node.module.startswith(("kernels_", "float8")):
                 yield f"{where}: kernels know neither Transformers nor the configuration."
 
 
