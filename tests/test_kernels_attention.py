@@ -293,7 +293,7 @@ def asked(monkeypatch) -> list[str]:
     names = []
     found = [fits, lambda *arguments: names.append("_wide_kernel")]
     monkeypatch.setattr(kernels, "_decode_kernel", Kernel())
-    monkeypatch.setattr(kernels, "_device", lambda x: kernels.TABLE[90])
+    monkeypatch.setattr(kernels, "_device", lambda x, float8: kernels.TABLE[90])
     monkeypatch.setattr(kernels, "_wide", lambda device: found)
     return names
 
