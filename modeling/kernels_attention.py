@@ -95,20 +95,15 @@ def _exact(tile, scales, q, PTX: tl.constexpr):
 
     PTX: keep the compiler from doing so twice, for each product in a layout of its own, from single bytes.
     """
-    if tile.dtype == q.dtype:
-        return tile
-    if tile.dtype == tl.uint8:  # sign, exponent and mantissa where float32 has them, whose exponent is 120 greater
-        bits = tile.to(tl.int32)
-        bits = ((bits & 0x80) << 24) | ((bits & 0x7F) << 20)
-        numbers = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
-    else:
-        numbers = tile.to(tl.float32)
-    numbers = (numbers * scales[:, None]).to(q.dtype)
-    if PTX:
-        PACK: tl.constexpr = 32 // q.dtype.primitive_bitwidth
-        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [numbers], q.dtype, is_pure=False, pack=PACK)
-    else:
-        return numbers
+    if scales is not None:
+        if tile.dtype == tl.uint8:  # sign, exponent and mantissa where float32 has them, whose exponent is 120 more
+            bits = tile.to(tl.int32)
+            bits = ((bits & 0x80) << 24) | ((bits & 0x7F) << 20)
+            tile = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
+        tile = (tile.to(tl.float32) * scales[:, None]).to(q.dtype)
+        if PTX:
+            tile = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [tile], q.dtype, is_pure=False, pack=2)
+    return tile
 
 
 @triton.jit
@@ -424,8 +419,8 @@ def split_decode(
             0 if table is None or starts is not None else table.stride(0), 0 if seen is None else seen.stride(0),
             H=H, T=T, CH=C // 2, RH=RH, RP=RP, K1=k1 is not None, PAGE=page, FLAT=starts is not None,
             SEEN=seen is not None, SIZE=size, PARTS=parts, PRECISION=dot_precision(q.dtype), ROWS=tile.rows,
-            KEYS=tile.keys, STAGES=tile.stages, TRANSPOSED=tile.transposed, COPIED=copied, PTX=has_ptx(q),
-            num_warps=tile.warps, **overlapping(q),
+            KEYS=tile.keys, STAGES=tile.stages, TRANSPOSED=tile.transposed, COPIED=copied,
+            PTX=q.itemsize == 2 and has_ptx(q), num_warps=tile.warps, **overlapping(q),
         )  # fmt: skip
     return to, masses, lse, splits
 

@@ -12,7 +12,7 @@ from lamoe import LamoeConfig
 from lamoe.cache import GrowingCache
 from lamoe.float8 import COLUMNS, FLOAT8, as_bytes, dequantised, quantised, scales_of
 from tests.test_cache import CHANGES
-from tests.test_generation import generate, with_scores
+from tests.test_generation import batched, generate, with_scores
 from tests.tiny import lamoe_model, random_ids
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
@@ -228,6 +228,8 @@ def test_other_caches_say_once_that_they_ignore_it(ours, monkeypatch):
     ]
     generate(ours, ids, max_new_tokens=2, cache_implementation="static", disable_compile=True)
     assert len(said) == 2 and "this StaticCache" in said[1]
+    batched(ours, [[5, 6, 7]])
+    assert len(said) == 3 and "this paged cache" in said[2]
 
 
 def test_forward_and_training_do_not_look_at_it(ours, monkeypatch):

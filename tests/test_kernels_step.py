@@ -130,6 +130,19 @@ def test_bytes_of_float8():
     assert torch.equal(dequantised(c, k)[0][:, 0, :127], signs[:, 0, :127] * every.to(DEVICE))
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16][: len(DTYPES) + (not GPU)], ids=str)
+def test_the_greatest_latents_stay_finite_in_float8(dtype):
+    info = torch.finfo(dtype)
+    weight = torch.tensor([info.max, -info.max, 1.0, 0.0] * 8, device=DEVICE, dtype=dtype)
+    none, ones = weight.new_zeros(1, 1, 1, 0), weight.new_ones(1, 1, 32)  # of which the norm is one
+    c, k = quantised(torch.zeros_like(ones), none[:, 0])
+    lengths = torch.ones(1, dtype=torch.int32, device=DEVICE)
+    kernels.write_latents(ones, weight, 0.0, none, none[:, 0], none[:, 0], lengths, c, k, True)
+    expected = quantised(weight, weight[:0])
+    assert torch.equal(c[0, 0].view(torch.uint8), expected[0].view(torch.uint8)) and torch.equal(k[0, 0], expected[1])
+    assert dequantised(c, k)[0].isfinite().all()
+
+
 @pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize("R", [0, 8, 20])
 def test_write_pages(R, interleaved):
