@@ -68,12 +68,14 @@ def _mla(rows: list[dict]) -> list[str]:
 
 
 def _attention(rows: list[dict]) -> list[str]:
-    lines = ["| attention of one layer, one new token | native | Lamoe | ratio |", "|---|---|---|---|"]
+    head = "| attention of one layer, one new token | native | Lamoe | ratio (without projections) |"
+    lines = [head, "|---|---|---|---|"]
     for r in rows:
         shape = f"{r['preset']}, context {r['context'] // 1024}k, {r['device']}, {r['dtype']}"
         shape += ", eager" if r.get("decode", "eager") == "eager" else ", Triton"
         cells = [f"{r[f'{name}_ms']:.1f} ms, {r[f'{name}_temporary_mib']:.0f} MiB" for name in ("native", "lamoe")]
-        lines.append(f"| {shape} | {cells[0]} | {cells[1]} | {r['speedup']:.2f} |")
+        core = f" ({r['core_speedup']:.0f})" if "core_speedup" in r else ""
+        lines.append(f"| {shape} | {cells[0]} | {cells[1]} | {r['speedup']:.2f}{core} |")
     return lines
 
 
@@ -85,9 +87,11 @@ def _prefill(rows: list[dict]) -> list[str]:
     ]
     for key in dict.fromkeys(key[:5] for key in by):
         preset, feed_forward, batch, context, device = key
-        cells = [[by[(*key, name)][field] for name in ("native", "lamoe")] for field in ("ms", "peak_gib")]
-        (native, ours), peaks = cells[0], [f"{x:.1f}" if x else "out of memory" for x in cells[1]]
-        times = [f"{x:,.0f}" if x else "out of memory" for x in (native, ours)]
+        times, peaks = [], []
+        for row in (by.get((*key, name)) for name in ("native", "lamoe")):
+            missing = "[not measured]" if row is None else "out of memory"
+            times.append(f"{row['ms']:,.0f}" if row and row["ms"] else missing)
+            peaks.append(f"{row['peak_gib']:.1f}" if row and row["peak_gib"] else missing)
         shape = f"{preset}, {feed_forward}, {batch} x {context // 1024}k tokens, {_short(device)}"
         lines.append(f"| {shape} | {times[0]} | {times[1]} | {' / '.join(peaks)} |")
     return lines
