@@ -88,7 +88,7 @@ def test_write_latents(P, R, interleaved, T, one_position):
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16][: len(DTYPES) + (not GPU)], ids=str)
-@pytest.mark.parametrize("C, R", [(32, 0), (32, 8), (48, 20)])
+@pytest.mark.parametrize("C, R", [(32, 0), (48, 8), (512, 20)])
 def test_write_latents_in_float8(C, R, dtype):
     """Bit for bit what `quantised` makes of the latents that the kernel writes in full."""
     B, H, T, room = 3, 5, 2, 11
@@ -120,7 +120,7 @@ def test_bytes_of_float8():
     every = torch.arange(127, dtype=torch.uint8).view(FLOAT8).float()
     middles = (every[1:] + every[:-1]) / 2
     beside = [middles.nextafter(torch.tensor(end)) for end in (0.0, 448.0)]
-    x = torch.cat((every, middles, *beside, torch.rand(11) * 2**-12)).to(DEVICE)
+    x = torch.cat((every, middles, *beside, torch.rand(7) * 2**-12)).to(DEVICE)  # 512, whose mean is exact
     none = x.new_zeros(2, 1, 1, 0)
     c, k = quantised(x.new_zeros(2, 1, len(x)), none[:, 0])
     signs = torch.tensor([1.0, -1.0], device=DEVICE).view(2, 1, 1).repeat(1, 1, len(x))  # of which the norm is one
