@@ -1,7 +1,7 @@
 """The cache of `generate` by default: Transformers' DynamicCache, without a copy of everything at each step."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -106,6 +106,22 @@ class GrowingLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         return super().update(key_states, value_states)
+
+    def reorder_cache(self, beam_idx: Tensor):
+        """Take the rows `beam_idx` [B]."""
+        self._change_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int):
+        """Repeat each row."""
+        self._change_rows(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor):
+        """Keep the rows `indices`."""
+        self._change_rows(lambda x: x[indices, ...])
+
+    def _change_rows(self, change: Callable[[Tensor], Tensor]):
+        if self._length > 0:
+            self.keys, self.values = (change(as_bytes(x)).view(x.dtype) for x in (self.keys, self.values))
 
     def holds(self, x: Tensor) -> bool:
         """Whether the layer has tokens of x's [B, T, D] batch size, dtype and device, in whole buffers."""

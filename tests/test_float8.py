@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging
@@ -92,6 +94,15 @@ def append(cache, tokens, batch=2, seed=1):
     return last
 
 
+class NoIndicesOfFloat8(TorchDispatchMode):
+    """Refuses what not every release of PyTorch does to float8 on every device."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        named = any(part in str(function) for part in ("index", "gather", "scatter", "where", "masked"))
+        assert not named or FLOAT8 not in {x.dtype for x in tree_leaves(args) if isinstance(x, torch.Tensor)}, function
+        return function(*args, **(kwargs or {}))
+
+
 def assert_equal(ours, rounded):
     assert ours.get_seq_length() == rounded.get_seq_length()
     for mine, other in zip(ours.layers, rounded.layers, strict=True):
@@ -105,7 +116,8 @@ def test_a_changed_cache_goes_on(change):
     for made in (ours, rounded):
         append(made, 5, seed=0)
         append(made, 1)
-        CHANGES[change](made)
+        with NoIndicesOfFloat8():
+            CHANGES[change](made)
     if change != "crop everything":  # a DynamicCache has nothing to append to then
         assert_equal(ours, rounded)
     batch = ours.layers[0].keys.shape[0]
@@ -122,7 +134,7 @@ def test_behind_a_cursor_and_in_a_copy():
     expected = append(plain, 2)
     for layer in ours.layers:
         layer.make_room(2)
-    with ours.cursor_at(torch.tensor([5])):
+    with ours.cursor_at(torch.tensor([5])), NoIndicesOfFloat8():
         whole = append(ours, 2)
     assert all(torch.equal(a[:, :, :7], b) for a, b in zip(whole, expected, strict=True))
     for layer in ours.layers:
