@@ -26,7 +26,6 @@ from transformers import (
     Glm4MoeLiteConfig,
     StaticCache,
 )
-from transformers.generation.streamers import BaseStreamer
 from trl import TrlParser
 
 from lamoe import LamoeConfig, LamoeForCausalLM, boost, unboost
@@ -36,11 +35,12 @@ from lamoe.scripts.expert_speed import SHAPES, decode_cost, model_step_cost, tra
 from lamoe.scripts.expert_tiles import best_tiles
 from lamoe.scripts.prefill_speed import peak_of, prompt_cost
 from lamoe.scripts.result_tables import markdown_tables
+from lamoe.scripts.serving_speed import WAYS, StepClock, batching_cost, draft_cost
 from lamoe.scripts.train_speed import CASES, documents_cost, train_step_cost
 
 SUITES = (
-    "cache", "attention", "prefill", "decode", "mla", "moe", "moe-decode", "step", "train", "documents", "tune",
-    "tables",
+    "cache", "attention", "prefill", "decode", "mla", "mtp", "batching", "moe", "moe-decode", "step", "train",
+    "documents", "tune", "tables",
 )  # fmt: skip
 _NATIVE = {"deepseek_v2": DeepseekV2Config, "deepseek_v3": DeepseekV3Config}
 
@@ -91,7 +91,8 @@ def main(arguments: Arguments):
         return
     suites = {
         "cache": cache_bytes, "attention": attention_step, "prefill": prefill, "decode": decode, "mla": mla,
-        "moe": moe, "moe-decode": moe_decode, "step": step, "train": train, "documents": documents, "tune": tune,
+        "mtp": mtp, "batching": batching, "moe": moe, "moe-decode": moe_decode, "step": step, "train": train,
+        "documents": documents, "tune": tune,
     }  # fmt: skip
     rows = suites[arguments.suite](arguments)
     table = Table(*rows[0], title=f"{arguments.suite}, {device_name()}")
@@ -270,17 +271,42 @@ def decode(arguments: Arguments) -> list[dict]:
     return rows
 
 
-class StepClock(BaseStreamer):
-    """Notes when each token of `generate` has reached the host."""
+def mtp(arguments: Arguments) -> list[dict]:
+    """A step of `generate` beside a round with `use_mtp`, for one sequence, with one prediction layer."""
+    model = _ours(arguments, num_nextn_predict_layers=1)
+    rows = []
+    for context in arguments.context:
+        row = {"preset": arguments.preset, "layers": model.config.num_hidden_layers}
+        rows.append(row | draft_cost(model, context, arguments.new_tokens))
+    return rows
 
-    def __init__(self):
-        self.times: list[float] = []
 
-    def put(self, value):
-        self.times.append(time.perf_counter())
+def batching(arguments: Arguments) -> list[dict]:
+    """`generate_batch` with block tables and recorded steps, and without: `batch` requests, prompts of `context`."""
+    model = _ours(arguments)
+    rows = []
+    for (requests, prompt), way in itertools.product(paired(arguments), WAYS):
+        if model.device.type == "cpu" and way.startswith("recorded"):
+            continue
+        row = {"preset": arguments.preset, "layers": model.config.num_hidden_layers}
+        rows.append(row | batching_cost(model, requests, prompt, arguments.new_tokens, way))
+        print(rows[-1], flush=True)
+    return rows
 
-    def end(self):
-        """Nothing is left to show."""
+
+def _ours(arguments: Arguments, **changes) -> LamoeForCausalLM:
+    """Our model of the preset with random weights: in bfloat16 on a GPU, in float32 without one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = LamoeConfig.from_preset(arguments.preset, eos_token_id=None, pad_token_id=0)
+    changes = {
+        "num_hidden_layers": arguments.layers or config.num_hidden_layers,
+        "num_nextn_predict_layers": 0,
+    } | changes
+    for name, value in changes.items():
+        setattr(config, name, value)
+    with torch.device(device):
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        return LamoeForCausalLM._from_config(config, dtype=dtype).eval()
 
 
 def generate_cost(model, batch: int, context: int, arguments: Arguments) -> tuple[float, float, float]:

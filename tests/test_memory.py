@@ -190,6 +190,18 @@ def test_adapters_are_the_same_for_both_and_train_alone():
     assert {name.split(".")[-3] for name in ours} == {"lora_A", "lora_B"}
 
 
+def test_serving_is_measured():
+    """Rounds of multi-token prediction, and continuous batching with and without tables."""
+    from lamoe.scripts import benchmark
+
+    arguments = {"preset": "tiny", "layers": 2, "context": [16]}
+    (row,) = benchmark.mtp(benchmark.Arguments("mtp", new_tokens=12, **arguments))
+    assert row["pays_above"] == row["round_ms"] / row["step_ms"] - 1 and 0 <= row["acceptance"] <= 1
+    rows = benchmark.batching(benchmark.Arguments("batching", batch=[2], new_tokens=2, **arguments))
+    assert [row["way"] for row in rows][:2] == ["lists", "tables"]
+    assert all(row["tokens_per_second"] > 0 and row["requests"] == 2 for row in rows)
+
+
 def test_attention_over_documents_is_measured():
     rows = documents_cost(2, (6, 4), 20, [5, 8], "cpu", torch.float32, ["each", "masked"])
     assert [(row["document"], row["way"]) for row in rows] == [(n, way) for n in (5, 8) for way in ("each", "masked")]
