@@ -44,6 +44,21 @@ _LARGE, _LARGER = gl.constexpr(2**30), 0x7FFF0000
 
 
 @gluon.jit
+def _share(lengths_ptr, b, s, splits, SIZE: gl.constexpr, STEP: gl.constexpr):
+    """Keys of the sequence; the first key of split s, and the key behind its last. Shares are whole steps."""
+    length = gl.load(lengths_ptr + b).to(gl.int32)
+    per = SIZE if SIZE > 0 else (((length + splits - 1) // splits) + STEP - 1) // STEP * STEP
+    first = gl.minimum(s * per, length)
+    return length, first, gl.minimum(first + per, length)
+
+
+@gluon.jit
+def _outputs(x, b, s, splits, H: gl.constexpr, T: gl.constexpr):
+    """Which of the outputs [H, B, T, splits] is that of row x, one of H * T."""
+    return ((x % H * gl.num_programs(2) + b) * T + x // H) * splits + s
+
+
+@gluon.jit
 def _slot(table_ptr, row, start, PAGE: gl.constexpr):
     """Where the keys from `start` on lie; `row`: where the sequence, or its table, begins."""
     if PAGE == 0:
@@ -120,7 +135,7 @@ def _store_nothing(first_row, b, s, splits, out_ptr, lse_ptr, H: gl.constexpr, T
     """What a split without keys stores: no mass, and zeros if it is the only one."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])
     x = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    to = ((x % H * gl.num_programs(2) + b) * T + x // H) * splits + s
+    to = _outputs(x, b, s, splits, H, T)
     nothing = gl.full([ROWS], 0.0, gl.float32, layout=gl.SliceLayout(1, layout))
     _store_mass(nothing - float("inf"), nothing, to, x < H * T, lse_ptr, PARTS)
     if not PARTS:
@@ -166,10 +181,7 @@ def _wide_kernel(
     s = gl.program_id(1)
     b = gl.program_id(2)
     first_row = gl.program_id(0) * ROWS
-    length = gl.load(lengths_ptr + b).to(gl.int32)
-    per = SIZE if SIZE > 0 else (((length + splits - 1) // splits) + KEYS - 1) // KEYS * KEYS
-    first = gl.minimum(s * per, length)
-    last = gl.minimum(first + per, length)
+    length, first, last = _share(lengths_ptr, b, s, splits, SIZE, KEYS)
     if first < last:
         row = b * rows_b if PAGE == 0 else b * s_table
         c0_s = gl.allocate_shared_memory(dtype, [2, KEYS, CH], gl.NVMMASharedLayout(swizzle, 16, 2))
@@ -235,7 +247,7 @@ def _wide_kernel(
             acc1 = warpgroup_mma(left, c1, sums1, is_async=True)
             turn += 1  # noqa: SIM113 (Gluon has no enumerate)
         sums0, sums1 = warpgroup_mma_wait(0, deps=(acc0, acc1))
-        to = ((x % H * gl.num_programs(2) + b) * T + x // H) * splits + s
+        to = _outputs(x, b, s, splits, H, T)
         _store_sums(sums0, mass, to, x < H * T, out_ptr, 2 * CH, PARTS, sums_layout)
         _store_sums(sums1, mass, to, x < H * T, out_ptr + CH, 2 * CH, PARTS, sums_layout)
         _store_mass(top, mass, to, x < H * T, lse_ptr, PARTS)
@@ -419,7 +431,7 @@ def _sum_part(q0, q1, r0, r1, c0, c1, k, weights, full, free, told, done, tops, 
     mbarrier.arrive(done.index(me), count=1)
     mbarrier.wait(done.index(1 - me), 0)
     mass += masses.index(1 - me).load(of_rows)
-    to = ((x % H * gl.num_programs(2) + b) * T + x // H) * splits + s
+    to = _outputs(x, b, s, splits, H, T)
     _store_sums(sums, mass, to, x < H * T, out_ptr + me * CH, 2 * CH, PARTS, sums_layout)
     if me == 0:
         _store_mass(top, mass, to, x < H * T, lse_ptr, PARTS)
@@ -438,10 +450,7 @@ def _seesaw_kernel(
     s = gl.program_id(1)
     b = gl.program_id(2)
     first_row = gl.program_id(0) * ROWS
-    length = gl.load(lengths_ptr + b).to(gl.int32)
-    per = SIZE if SIZE > 0 else (((length + splits - 1) // splits) + 2 * KEYS - 1) // (2 * KEYS) * (2 * KEYS)
-    first = gl.minimum(s * per, length)
-    last = gl.minimum(first + per, length)
+    length, first, last = _share(lengths_ptr, b, s, splits, SIZE, 2 * KEYS)
     if first < last:
         row = b * rows_b if PAGE == 0 else b * s_table
         parts: gl.constexpr = 2 if K1 else 1
