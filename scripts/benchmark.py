@@ -140,8 +140,7 @@ def attention_step(arguments: Arguments) -> list[dict]:
 
     `speedup` is of the whole module, `core_speedup` of what is left without the projections that all share.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    device, dtype = place()
     ours, native = pair(arguments.preset, 1, device, dtype, dense=True)
     rows = []
     for batch, context in paired(arguments):
@@ -220,8 +219,7 @@ def median_cost(step: Callable[[], tuple], device: torch.device, repeats: int) -
 
 def prefill(arguments: Arguments) -> list[dict]:
     """One layer, dense and with experts: a prompt in one forward, ours and native with the same weights."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    device, dtype = place()
     rows = []
     for feed_forward in arguments.feed_forward:
         if feed_forward not in ("dense", "experts"):
@@ -273,7 +271,7 @@ def decode(arguments: Arguments) -> list[dict]:
 
 def mtp(arguments: Arguments) -> list[dict]:
     """A step of `generate` beside a round with `use_mtp`, for one sequence, with one prediction layer."""
-    model = _ours(arguments, num_nextn_predict_layers=1)
+    model = random_model(config_of(arguments.preset, arguments.layers, drafts=1), *place())
     rows = []
     for context in arguments.context:
         row = {"preset": arguments.preset, "layers": model.config.num_hidden_layers}
@@ -283,7 +281,7 @@ def mtp(arguments: Arguments) -> list[dict]:
 
 def batching(arguments: Arguments) -> list[dict]:
     """`generate_batch` with block tables and recorded steps, and without: `batch` requests, prompts of `context`."""
-    model = _ours(arguments)
+    model = random_model(config_of(arguments.preset, arguments.layers), *place())
     rows = []
     for (requests, prompt), way in itertools.product(paired(arguments), WAYS):
         if model.device.type == "cpu" and way.startswith("recorded"):
@@ -292,21 +290,6 @@ def batching(arguments: Arguments) -> list[dict]:
         rows.append(row | batching_cost(model, requests, prompt, arguments.new_tokens, way))
         print(rows[-1], flush=True)
     return rows
-
-
-def _ours(arguments: Arguments, **changes) -> LamoeForCausalLM:
-    """Our model of the preset with random weights: in bfloat16 on a GPU, in float32 without one."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = LamoeConfig.from_preset(arguments.preset, eos_token_id=None, pad_token_id=0)
-    changes = {
-        "num_hidden_layers": arguments.layers or config.num_hidden_layers,
-        "num_nextn_predict_layers": 0,
-    } | changes
-    for name, value in changes.items():
-        setattr(config, name, value)
-    with torch.device(device):
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        return LamoeForCausalLM._from_config(config, dtype=dtype).eval()
 
 
 def generate_cost(model, batch: int, context: int, arguments: Arguments) -> tuple[float, float, float]:
@@ -427,14 +410,12 @@ def pair(
     dense_layers: int | None = None,
 ):  # fmt: skip
     """Our model of this shape with random weights, and the native class over the very same tensors."""
-    config = LamoeConfig.from_preset(preset, eos_token_id=None, pad_token_id=0)
-    config.num_hidden_layers, config.num_nextn_predict_layers = layers or config.num_hidden_layers, 0
+    config = config_of(preset, layers)
     if dense_layers is not None:
         config.first_k_dense_replace, config.vocab_size = dense_layers, 64
     if dense:
         config.first_k_dense_replace, config.vocab_size, config.intermediate_size = config.num_hidden_layers, 64, 64
-    with torch.device(device):
-        ours = LamoeForCausalLM._from_config(config, dtype=dtype).eval()
+    ours = random_model(config, device, dtype)
     written = config.serving_dict()
     model_type, _ = config.native_form()
     kept = {k: v for k, v in written.items() if k not in ("auto_map", "architectures", "model_type")}
@@ -448,6 +429,24 @@ def pair(
     native.load_state_dict(ours.state_dict(), assign=True)
     native.model.rotary_emb = type(native.model.rotary_emb)(native_config).to(device)
     return ours, native
+
+
+def config_of(preset: str, layers: int | None, drafts: int = 0) -> LamoeConfig:
+    """The preset's, of so many decoder `layers` if given, with `drafts` prediction layers; it never ends by itself."""
+    config = LamoeConfig.from_preset(preset, eos_token_id=None, pad_token_id=0)
+    config.num_hidden_layers, config.num_nextn_predict_layers = layers or config.num_hidden_layers, drafts
+    return config
+
+
+def random_model(config: LamoeConfig, device: str, dtype: torch.dtype) -> LamoeForCausalLM:
+    """Our model with random weights, in evaluation mode."""
+    with torch.device(device):
+        return LamoeForCausalLM._from_config(config, dtype=dtype).eval()
+
+
+def place() -> tuple[str, torch.dtype]:
+    """The GPU and bfloat16, or without one the CPU and float32."""
+    return ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
 
 
 def paired(arguments: Arguments) -> list[tuple[int, int]]:
