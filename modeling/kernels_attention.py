@@ -229,14 +229,11 @@ def _decode_kernel(
             acc1 = _sums(weights, c1, acc1 * _along_rows(fade, TRANSPOSED), TRANSPOSED, PRECISION)
             top = higher
         columns = c[:, None] if TRANSPOSED else c[None, :]
-        sums_at = out_ptr + _along_rows(to.to(tl.int64), TRANSPOSED) * (2 * CH) + columns
+        means_at = out_ptr + _along_rows(to.to(tl.int64), TRANSPOSED) * (2 * CH) + columns
         live = _along_rows(real, TRANSPOSED)
-        if not PARTS:
-            inverse = _along_rows(tl.where(mass > 0, 1.0 / mass, 0.0), TRANSPOSED)
-            acc0 *= inverse
-            acc1 *= inverse
-        tl.store(sums_at, acc0.to(out_ptr.dtype.element_ty), mask=live)
-        tl.store(sums_at + CH, acc1.to(out_ptr.dtype.element_ty), mask=live)
+        inverse = _along_rows(tl.where(mass > 0, 1.0 / mass, 0.0), TRANSPOSED)
+        tl.store(means_at, (acc0 * inverse).to(out_ptr.dtype.element_ty), mask=live)
+        tl.store(means_at + CH, (acc1 * inverse).to(out_ptr.dtype.element_ty), mask=live)
         if PARTS:
             tl.store(lse_ptr + 2 * to, top, mask=real)
             tl.store(lse_ptr + 2 * to + 1, mass, mask=real)
@@ -254,40 +251,69 @@ def _decode_kernel(
         tl.store(zeros_at + CH, zeros, mask=real[:, None])
 
 
+@triton.jit
+def _masses(masses_ptr, s, splits):
+    """Maxima and masses of splits `s`; -inf and 0 of what is not one."""
+    tops = tl.load(masses_ptr + 2 * s, mask=s < splits, other=float("-inf"))
+    return tops, tl.load(masses_ptr + 2 * s + 1, mask=s < splits, other=0.0)
+
+
+@triton.jit
+def _finite(top):
+    return tl.where(top == float("-inf"), 0.0, top)
+
+
+@triton.jit
+def _shared(parts, tops, masses, top, mass):
+    """The sum of the means of splits, each by its share of the mass at `top`; of one alone exactly its mean."""
+    shares = tl.div_rn(tl.exp2(tops - _finite(top)) * masses, mass)
+    # an empty split has written no mean
+    return tl.sum(tl.where(masses[:, None] > 0, parts * shares[:, None], 0.0), axis=0)
+
+
+@triton.jit
+def merged(parts_ptr, masses_ptr, x, splits, c, C: tl.constexpr, AT_ONCE: tl.constexpr):
+    """Columns c of the mean of row x's splits, by their masses, each at its own maximum; and maximum and mass of all.
+    Of `splits` in order; what is empty behind them changes no bit."""
+    parts_ptr += x * splits * C
+    masses_ptr += 2 * x * splits
+    s = tl.arange(0, AT_ONCE)
+    parts = tl.load(parts_ptr + s[:, None] * C + c[None, :], mask=(s < splits)[:, None], other=0.0)
+    tops, masses = _masses(masses_ptr, s, splits)
+    top = tl.max(tops, axis=0)
+    mass = tl.sum(tl.exp2(tops - _finite(top)) * masses)
+    for first in tl.range(AT_ONCE, splits, AT_ONCE):
+        more_tops, more_masses = _masses(masses_ptr, first + s, splits)
+        higher = tl.maximum(top, tl.max(more_tops, axis=0))
+        mass = mass * tl.exp2(top - _finite(higher)) + tl.sum(tl.exp2(more_tops - _finite(higher)) * more_masses)
+        top = higher
+    out = _shared(parts, tops, masses, top, mass)
+    for first in tl.range(AT_ONCE, splits, AT_ONCE):
+        at = parts_ptr + (first + s)[:, None] * C + c[None, :]
+        parts = tl.load(at, mask=(first + s < splits)[:, None], other=0.0)
+        tops, masses = _masses(masses_ptr, first + s, splits)
+        out += _shared(parts, tops, masses, top, mass)
+    return out, top, mass
+
+
 @triton.jit(do_not_specialize=["splits"])
 def _merge_kernel(
     parts_ptr, masses_ptr, out_ptr, lse_ptr, splits, C: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """out[x]: the sums of row x's splits over their masses, each at its own maximum. Of `splits` parts in order; what
-    is empty behind them changes no bit."""
+    """BLOCK columns of row x, merged, and its log-sum-exp."""
     await_kernels(PDL)
     x = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    top = tl.full((AT_ONCE,), float("-inf"), tl.float32)
-    for first in tl.range(0, splits, AT_ONCE):
-        s = first + tl.arange(0, AT_ONCE)
-        top = tl.maximum(top, tl.load(masses_ptr + 2 * (x * splits + s), mask=s < splits, other=float("-inf")))
-    best = tl.max(top, axis=0)
-    base = tl.where(best == float("-inf"), 0.0, best)
-    mass = 0.0
-    total = tl.zeros((BLOCK,), tl.float32)
-    for first in tl.range(0, splits, AT_ONCE, num_stages=2):
-        s = first + tl.arange(0, AT_ONCE)
-        at = masses_ptr + 2 * (x * splits + s)
-        weight = tl.exp2(tl.load(at, mask=s < splits, other=float("-inf")) - base)
-        mass += tl.sum(weight * tl.load(at + 1, mask=s < splits, other=0.0))
-        # an empty split has written no sums
-        part = tl.load(parts_ptr + (x * splits + s)[:, None] * C + c[None, :], mask=(weight > 0)[:, None], other=0.0)
-        total += tl.sum(part * weight[:, None], axis=0)
-    tl.store(out_ptr + x * C + c, (total * tl.where(mass > 0, 1.0 / mass, 0.0)).to(out_ptr.dtype.element_ty))
+    out, top, mass = merged(parts_ptr, masses_ptr, x, splits, c, C, AT_ONCE)
+    tl.store(out_ptr + x * C + c, out.to(out_ptr.dtype.element_ty))
     if tl.program_id(1) == 0:
-        tl.store(lse_ptr + x, tl.where(mass > 0, base + tl.log2(mass), float("-inf")) / 1.4426950408889634)
+        tl.store(lse_ptr + x, tl.where(mass > 0, _finite(top) + tl.log2(mass), float("-inf")) / 1.4426950408889634)
 
 
 class Tiles(NamedTuple):
     """The tiles of a device: for rows of up to 16, of up to 32 and of more; and for the first two where every sequence
-    is one program's work, which then reads long runs of keys."""
+    is one program's work, which then reads long runs of keys, or lies in pages."""
 
     few: Tile
     some: Tile
@@ -302,27 +328,25 @@ def _plain(keys: int, stages: int, many: Tile) -> Tiles:
 
 
 _HOPPER = Tiles(
-    few=Tile(16, 32, 4, 3, True, copied=True),
-    some=Tile(32, 32, 8, 3, True, copied=True),
+    # with the shared memory of four stages a multiprocessor takes one program; with that of three it may take two, and
+    # leave others idle (278 us, not 210, for eight sequences of 64k)
+    few=Tile(16, 32, 4, 4, True, copied=True),
+    some=Tile(64, 64, 8, 2, False, copied=True),  # 32 rows: 430 us, not 220
     many=Tile(64, 64, 8, 2, False, copied=True),
     few_long=Tile(16, 64, 4, 2, True, copied=True),
-    some_long=Tile(32, 64, 8, 2, True, copied=True),
+    some_long=Tile(64, 64, 8, 2, False, copied=True),
 )
 # by the oldest compute capability that a row is for; measured on 90 only
-TABLE = {
-    100: _HOPPER._replace(some=_HOPPER.many, some_long=_HOPPER.many),  # without wgmma 32 rows spill
-    90: _HOPPER,
-    0: _plain(32, 2, Tile(64, 32, 8, 2, False)),
-}
-# latents in float8 take registers to be turned: tiles that spill least, none of them measured
+TABLE = {90: _HOPPER, 0: _plain(32, 2, Tile(64, 32, 8, 2, False))}
+# latents in float8 take time and registers to be turned
 _HOPPER_FLOAT8 = Tiles(
-    few=Tile(16, 32, 4, 4, True, copied=True),
-    some=Tile(32, 32, 8, 4, True, copied=True),
-    many=Tile(64, 32, 8, 4, True, copied=True),
-    few_long=Tile(16, 32, 4, 4, True, copied=True),
-    some_long=Tile(32, 32, 8, 4, True, copied=True),
+    few=Tile(16, 32, 4, 5, True, copied=True),
+    some=Tile(64, 64, 8, 2, False, copied=True),
+    many=Tile(64, 64, 8, 2, False, copied=True),
+    few_long=Tile(16, 64, 8, 3, True, copied=True),
+    some_long=Tile(64, 64, 8, 2, False, copied=True),
 )
-FLOAT8_TABLE = {100: TABLE[100], 90: _HOPPER_FLOAT8, 0: TABLE[0]}
+FLOAT8_TABLE = {100: _HOPPER, 90: _HOPPER_FLOAT8, 0: TABLE[0]}
 CDNA = _plain(16, 1, Tile(32, 16, 4, 1, True))
 FLOAT32 = _plain(16, 1, Tile(16, 16, 4, 1, True))
 INTERPRETER = _plain(16, 1, Tile(16, 16, 4, 1, False))
@@ -332,19 +356,21 @@ def _device(x: Tensor, float8: bool) -> Tiles:
     return row_of(x, FLOAT8_TABLE if float8 else TABLE, CDNA, FLOAT32, INTERPRETER)
 
 
-def tile_for(x: Tensor, rows: int, B: int, S: int, batch_invariant: bool, float8: bool = False) -> Tile:
+def tile_for(
+    x: Tensor, rows: int, B: int, S: int, batch_invariant: bool, float8: bool = False, paged: bool = False
+) -> Tile:
     """The tile of `rows` rows of each of `B` sequences of up to `S` keys, on x's device and of its dtype.
 
-    float8: the latents are in float8.
+    float8: the latents are in float8. paged: they lie in pages that hold a long tile.
     """
     tiles, programs = _device(x, float8), multiprocessors(x)
-    if rows > 32:
-        # of many rows a program needs many keys to be worth its start: too few of both leave the device idle
-        busy = max(B, 1) * triton.cdiv(rows, tiles.many.rows) * (S // (2 * tiles.many.keys))
-        return tiles.many if batch_invariant or 2 * busy >= programs else tiles.few
-    if batch_invariant or programs // max(B, 1) > 1:
-        return tiles.few if rows <= 16 else tiles.some
-    return tiles.few_long if rows <= 16 else tiles.some_long
+    long = paged or (not batch_invariant and programs // max(B, 1) <= 1)
+    if rows <= 16:
+        return tiles.few_long if long else tiles.few
+    tile = tiles.many if rows > 32 else tiles.some_long if long else tiles.some
+    # of many rows a program needs many keys to be worth its start: too few of both leave the device idle
+    busy = max(B, 1) * triton.cdiv(rows, tile.rows) * (S // (2 * tile.keys))
+    return tile if batch_invariant or tile.rows <= 32 or 2 * busy >= programs else tiles.few
 
 
 def _splits(x: Tensor, tile: Tile, B: int, rows: int, S: int, batch_invariant: bool) -> int:
@@ -377,7 +403,7 @@ def split_decode(
 ) -> tuple[Tensor, Tensor, Tensor, int]:  # fmt: skip
     """Launch the first stage; arguments as `_latent_decode`'s, nothing empty. How many splits there are comes last.
 
-    Of several: unscaled sums [H, B, T, splits, C] float32, and maximum (base 2) and mass [H, B, T, splits, 2]; the
+    Of several: their outputs [H, B, T, splits, C] float32, and maximum (base 2) and mass [H, B, T, splits, 2]; the
     third is nothing yet. Of one: the output [H, B, T, C], nothing, and the log-sum-exp [H, B, T].
     """
     H, B, T, C = q.shape
@@ -386,7 +412,7 @@ def split_decode(
         k0, scales = k0[..., :R], scales_of(k0, R)
         if not converts_float8(q):
             c0, c1 = c0.view(torch.uint8), c1.view(torch.uint8)
-    tile = tile_for(q, H * T, B, longest, batch_invariant, float8)
+    tile = tile_for(q, H * T, B, longest, batch_invariant, float8, page >= 64)
     splits = _splits(q, tile, B, H * T, longest, batch_invariant)
     lse = q.new_empty((H, B, T), dtype=torch.float32)
     parts = splits > 1
@@ -444,8 +470,8 @@ def _latent_decode(
         return to, lse
     out, C = q.new_empty(q.shape), q.shape[3]
     # the order of a sum depends on how many are added at once, and the number of splits on the longest sequence
-    at_once = 16 if batch_invariant else min(64, triton.next_power_of_2(splits))
-    block = min(C, 2048 // at_once)
+    at_once = 16 if batch_invariant else triton.next_power_of_2(splits)
+    block = min(C, 4096 // at_once)
     with torch.cuda.device_of(q):
         _merge_kernel[(lse.numel(), C // block)](
             to, masses, out, lse, splits, C=C, BLOCK=block, AT_ONCE=at_once, **overlapping(q)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .float8 import FLOAT8, largest_of, scales_of
-from .kernels_attention import check, split_decode
+from .kernels_attention import check, merged, split_decode
 from .kernels_heads import turn
 from .kernels_launch import await_kernels, overlapping
 
@@ -332,7 +332,7 @@ def _values_kernel(
     parts_ptr, masses_ptr, up_ptr, out_ptr, splits, B, T, s_up, H: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
     PARTS: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """ROWS values of a head of one token: its up-projection [V, C] times the merged sums of all splits."""
+    """ROWS values of a head of one token: its up-projection [V, C] times the merged mean of all splits."""
     BLOCKS: tl.constexpr = (V + ROWS - 1) // ROWS
     h = tl.program_id(0) // BLOCKS
     v = tl.program_id(0) % BLOCKS * ROWS + tl.arange(0, ROWS)
@@ -342,24 +342,7 @@ def _values_kernel(
     w = tl.load(up_ptr + h.to(tl.int64) * s_up + v[:, None] * C + c[None, :], mask=(v < V)[:, None], other=0.0)
     await_kernels(PDL)
     if PARTS:
-        top = tl.full((AT_ONCE,), float("-inf"), tl.float32)
-        for first in tl.range(0, splits, AT_ONCE):
-            s = first + tl.arange(0, AT_ONCE)
-            top = tl.maximum(top, tl.load(masses_ptr + 2 * (x * splits + s), mask=s < splits, other=float("-inf")))
-        best = tl.max(top, axis=0)
-        base = tl.where(best == float("-inf"), 0.0, best)
-        mass = 0.0
-        total = tl.zeros((C,), tl.float32)
-        for first in tl.range(0, splits, AT_ONCE):
-            s = first + tl.arange(0, AT_ONCE)
-            at = masses_ptr + 2 * (x * splits + s)
-            weight = tl.exp2(tl.load(at, mask=s < splits, other=float("-inf")) - base)
-            mass += tl.sum(weight * tl.load(at + 1, mask=s < splits, other=0.0))
-            # an empty split has written no sums
-            sums_at = parts_ptr + (x * splits + s)[:, None] * C + c[None, :]
-            part = tl.load(sums_at, mask=(weight > 0)[:, None], other=0.0)
-            total += tl.sum(part * weight[:, None], axis=0)
-        total *= tl.where(mass > 0, 1.0 / mass, 0.0)
+        total, _, _ = merged(parts_ptr, masses_ptr, x, splits, c, C, AT_ONCE)
     else:
         total = tl.load(parts_ptr + x * C + c).to(tl.float32)
     y = tl.sum(w.to(tl.float32) * total[None, :], axis=1)
@@ -377,13 +360,13 @@ def _decode_values(
     if not out.numel():
         return out
     c0, c1 = c.tensor_split(2, dim=-1)
-    sums, masses, _, splits = split_decode(
+    parts, masses, _, splits = split_decode(
         q, r, c0, c1, k, None, lengths, seen, None, None, 0, c.shape[1], scaling, False
     )
     rows = 16
     with torch.cuda.device_of(q):
         _values_kernel[(H * triton.cdiv(V, rows), B * T)](
-            sums, masses, up_value, out, splits, B, T, up_value.stride(0), H=H, V=V, C=C, PARTS=splits > 1, ROWS=rows,
+            parts, masses, up_value, out, splits, B, T, up_value.stride(0), H=H, V=V, C=C, PARTS=splits > 1, ROWS=rows,
             AT_ONCE=8, num_warps=4, **overlapping(q),
         )  # fmt: skip
     return out

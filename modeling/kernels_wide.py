@@ -107,12 +107,11 @@ def _or_zero(top):
 
 
 @gluon.jit
-def _store_sums(sums, mass, to, real, out_ptr, C: gl.constexpr, PARTS: gl.constexpr, LAYOUT: gl.constexpr):
-    """Store a part of the columns of rows `to`: as they are of one of several splits, else over the mass."""
+def _store_means(sums, mass, to, real, out_ptr, C: gl.constexpr, LAYOUT: gl.constexpr):
+    """Store a part of the columns of rows `to`, over their mass."""
     of_rows: gl.constexpr = gl.SliceLayout(1, LAYOUT)
-    if not PARTS:
-        inverse = gl.where(mass > 0, 1.0 / mass, 0.0)
-        sums = sums * gl.convert_layout(inverse, of_rows)[:, None]
+    inverse = gl.where(mass > 0, 1.0 / mass, 0.0)
+    sums = sums * gl.convert_layout(inverse, of_rows)[:, None]
     c = gl.arange(0, sums.shape[1], layout=gl.SliceLayout(0, LAYOUT))
     at = out_ptr + gl.convert_layout(to, of_rows).to(gl.int64)[:, None] * C + c[None, :]
     gl.store(at, sums.to(out_ptr.dtype.element_ty), mask=gl.convert_layout(real, of_rows)[:, None])
@@ -141,7 +140,7 @@ def _store_nothing(first_row, b, s, splits, out_ptr, lse_ptr, H: gl.constexpr, T
     if not PARTS:
         sums = gl.full([ROWS, CH], 0.0, gl.float32, layout=layout)
         for part in gl.static_range(2):
-            _store_sums(sums, nothing, to, x < H * T, out_ptr + part * CH, 2 * CH, PARTS, layout)
+            _store_means(sums, nothing, to, x < H * T, out_ptr + part * CH, 2 * CH, layout)
 
 
 @gluon.jit
@@ -248,8 +247,8 @@ def _wide_kernel(
             turn += 1  # noqa: SIM113 (Gluon has no enumerate)
         sums0, sums1 = warpgroup_mma_wait(0, deps=(acc0, acc1))
         to = _outputs(x, b, s, splits, H, T)
-        _store_sums(sums0, mass, to, x < H * T, out_ptr, 2 * CH, PARTS, sums_layout)
-        _store_sums(sums1, mass, to, x < H * T, out_ptr + CH, 2 * CH, PARTS, sums_layout)
+        _store_means(sums0, mass, to, x < H * T, out_ptr, 2 * CH, sums_layout)
+        _store_means(sums1, mass, to, x < H * T, out_ptr + CH, 2 * CH, sums_layout)
         _store_mass(top, mass, to, x < H * T, lse_ptr, PARTS)
     else:
         _store_nothing(first_row, b, s, splits, out_ptr, lse_ptr, H, T, CH, PARTS, ROWS, num_warps)
@@ -432,7 +431,7 @@ def _sum_part(q0, q1, r0, r1, c0, c1, k, weights, full, free, told, done, tops, 
     mbarrier.wait(done.index(1 - me), 0)
     mass += masses.index(1 - me).load(of_rows)
     to = _outputs(x, b, s, splits, H, T)
-    _store_sums(sums, mass, to, x < H * T, out_ptr + me * CH, 2 * CH, PARTS, sums_layout)
+    _store_means(sums, mass, to, x < H * T, out_ptr + me * CH, 2 * CH, sums_layout)
     if me == 0:
         _store_mass(top, mass, to, x < H * T, lse_ptr, PARTS)
 
