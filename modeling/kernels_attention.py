@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .float8 import FLOAT8, scales_of
 from .kernels_gemm import dot_precision, multiprocessors, row_of
-from .kernels_launch import await_kernels, await_kernels_alone, overlapping
+from .kernels_launch import await_kernels, await_kernels_alone, is_hopper, overlapping
 
 try:  # inside `try`, or the Hub loader refuses the whole model where Triton is missing
     import triton
@@ -387,7 +387,7 @@ def _wide(device: torch.device) -> list:
 
     A list, so that `split_decode` can empty it: Gluon is experimental, and another Triton may not compile the kernel.
     """
-    if _INTERPRETED or device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device)[0] != 9:
+    if _INTERPRETED or not is_hopper(device):
         return []
     try:
         from .kernels_wide import fits, launch

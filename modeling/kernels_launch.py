@@ -44,6 +44,11 @@ def overlapping(x: Tensor) -> dict[str, bool]:
     return {"PDL": True, "launch_pdl": True} if x.is_cuda and _supported(x.device) else {"PDL": False}
 
 
+def is_hopper(device: torch.device) -> bool:
+    """Whether kernels in Gluon for Hopper run on the device."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
+
+
 @functools.cache
 def _supported(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9

@@ -7,21 +7,19 @@ order: two runs are equal bit for bit.
 """
 
 import functools
+import logging
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from .kernels_decode import VectorTile, swapped_experts, vector_experts
-from .kernels_gemm import (
-    PAD,
-    act_gradient,
-    gated_rows,
-    plain_rows,
-    weight_gradient,
-)
-from .kernels_plan import combine, expert_sums, make_plan, pack, plan_size, spread, unpack
+from .kernels_gemm import PAD, Tile, act_gradient, gated_rows, plain_rows, weight_gradient
+from .kernels_launch import is_hopper
+from .kernels_plan import Plan, combine, expert_sums, make_plan, pack, plan_size, spread, unpack
 from .kernels_tiles import few_rows, invariant_tiles, tiles_for
+
+logger = logging.getLogger(__name__)
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
@@ -40,6 +38,36 @@ def _operator(name: str, mutates_args: tuple[str, ...] = ()) -> Callable:
         return torch.library.custom_op(f"{_NAMESPACE}::{name}", run, mutates_args=mutates_args)
 
     return register
+
+
+@functools.cache
+def _hopper_up(device: torch.device) -> list:
+    """`fits` and `up_rows` of kernels_up.py on a Hopper; nothing elsewhere, and where Triton has no Gluon for it.
+
+    A list, so that `_gated_rows` can empty it: Gluon is experimental, and another Triton may not compile the kernel.
+    """
+    if not is_hopper(device):
+        return []
+    try:
+        from .kernels_up import fits, up_rows
+    except Exception:
+        logger.debug("kernels_up.py does not load with this Triton; _rows_kernel runs.", exc_info=True)
+        return []
+    return [fits, up_rows]
+
+
+def _gated_rows(
+    x: Tensor, gate_up: Tensor, plan: Plan, K: int, act: str, save: bool, tile: Tile
+) -> tuple[Tensor, Tensor]:
+    """`gated_rows`, by whichever kernel is the faster."""
+    up = _hopper_up(x.device)
+    if up and up[0](x.dtype, tile):
+        try:
+            return up[1](x, gate_up, plan, K, act, save, tile)
+        except Exception:  # the compiler's, that is; whatever else fails, the next launch meets it, too
+            logger.debug("kernels_up.py does not compile with this Triton; _rows_kernel runs.", exc_info=True)
+            up.clear()
+    return gated_rows(x, gate_up, plan, K, act, save, tile)
 
 
 @_operator("experts")
@@ -61,7 +89,7 @@ def _experts(
     packed = make_plan(top_k_index, E, tiles.up.rows, kept=train)
     plan = unpack(packed, M, E)
     save = train and not recompute
-    a, h = gated_rows(x, gate_up, plan, K, act, save, tiles.up_saving if save else tiles.up)
+    a, h = _gated_rows(x, gate_up, plan, K, act, save, tiles.up_saving if save else tiles.up)
     y = plain_rows(a, down, plan, K, tiles.down, gather=False, transposed=False)
     del a
     out = combine(y, plan, top_k_weights, shared, K, torch.empty_like(x))
@@ -89,7 +117,7 @@ def _experts_backward(
     tiles = invariant_tiles(x) if batch_invariant else tiles_for(x, M, E)
     plan = unpack(packed, M, E)
     if not len(h):
-        h = gated_rows(x, gate_up, plan, K, act, True, tiles.up_saving)[1]
+        h = _gated_rows(x, gate_up, plan, K, act, True, tiles.up_saving)[1]
     dx = torch.empty_like(x) if need_x else x.new_empty(0)
     d_gate_up = d_down = None
     rows = x.new_empty((M, D))  # in turn: each row's output gradient, its token, its token's gradient

@@ -36,11 +36,11 @@ except ImportError as error:
         "The wide decode kernel needs a Triton with Gluon for Hopper: pip install 'triton>=3.6'."
     ) from error
 
-_begin_copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # renamed after Triton 3.6
-_begin_reading = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+begin_copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # renamed after Triton 3.6
+begin_reading = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 _REINTERPRETS = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 ROWS, KEYS = 64, 64
-_LARGE, _LARGER = gl.constexpr(2**30), 0x7FFF0000
+LARGE, _LARGER = gl.constexpr(2**30), 0x7FFF0000
 
 
 @gluon.jit
@@ -72,7 +72,7 @@ def _begin_queries(q_ptr, at, real, WIDTH: gl.constexpr, SWIZZLE: gl.constexpr, 
     """Begin to copy [ROWS, WIDTH] of queries to shared memory."""
     columns = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))
     to = gl.allocate_shared_memory(q_ptr.dtype.element_ty, [at.shape[0], WIDTH], gl.NVMMASharedLayout(SWIZZLE, 16, 2))
-    _begin_reading(to, q_ptr + at[:, None] + columns[None, :], mask=real[:, None])
+    begin_reading(to, q_ptr + at[:, None] + columns[None, :], mask=real[:, None])
     return to
 
 
@@ -150,13 +150,13 @@ def _copy(c0_desc, c1_desc, k0_desc, k1_desc, c0, c1, k0, k1, arrived, buffer, s
     bar = arrived.index(buffer)
     parts: gl.constexpr = 2 if K1 else 1
     mbarrier.expect(bar, c0.shape[1] * (2 * CH + parts * RH) * 2, wanted)
-    at = [_LARGE, slot + left, _LARGE - left, 0]
-    _begin_copy(c0_desc, at, bar, c0.index(buffer), wanted)
+    at = [LARGE, slot + left, LARGE - left, 0]
+    begin_copy(c0_desc, at, bar, c0.index(buffer), wanted)
     if RH > 0:
-        _begin_copy(k0_desc, at, bar, k0.index(buffer), wanted)
+        begin_copy(k0_desc, at, bar, k0.index(buffer), wanted)
     if K1:
-        _begin_copy(k1_desc, at, bar, k1.index(buffer), wanted)
-    _begin_copy(c1_desc, at, bar, c1.index(buffer), wanted)
+        begin_copy(k1_desc, at, bar, k1.index(buffer), wanted)
+    begin_copy(c1_desc, at, bar, c1.index(buffer), wanted)
 
 
 @gluon.jit(do_not_specialize=["splits", "rows_b", "s_table", "s_seen"])
@@ -276,22 +276,22 @@ def _fetch_tile(c0_desc, c1_desc, k0_desc, k1_desc, c0, c1, k, full, free, tile:
 
     Rotated keys come with the other warpgroup's part: it is the one that reads the weights which take their place.
     """
-    at = [_LARGE, slot + left, _LARGE - left, 0]
+    at = [LARGE, slot + left, LARGE - left, 0]
     for part in gl.static_range(2):
         bar = full.index(2 * tile + part)
         if AGAIN:
             mbarrier.wait(free.index(2 * tile + part), phase)
         mbarrier.expect(bar, c0.shape[1] * (CH + (RH * (2 if K1 else 1) if part != tile else 0)) * 2)
         if part == 0:
-            _begin_copy(c0_desc, at, bar, c0.index(tile))
+            begin_copy(c0_desc, at, bar, c0.index(tile))
         else:
-            _begin_copy(c1_desc, at, bar, c1.index(tile))
+            begin_copy(c1_desc, at, bar, c1.index(tile))
         if part != tile:
             if K1:
-                _begin_copy(k0_desc, at, bar, k.index(2 * tile))
-                _begin_copy(k1_desc, at, bar, k.index(2 * tile + 1))
+                begin_copy(k0_desc, at, bar, k.index(2 * tile))
+                begin_copy(k1_desc, at, bar, k.index(2 * tile + 1))
             elif RH > 0:
-                _begin_copy(k0_desc, at, bar, k.index(tile))
+                begin_copy(k0_desc, at, bar, k.index(tile))
 
 
 @gluon.jit
@@ -509,19 +509,25 @@ def fits(dtype: torch.dtype, C: int, RH: int, page: int) -> bool:
     return dtype in (torch.bfloat16, torch.float16) and C >= 128 and RH in (0, 16, 32, 64) and page % KEYS == 0
 
 
+def ragged(rows: Tensor, box_rows: int, box_columns: int) -> TensorDescriptor:
+    """A descriptor of rows [X, width] as triton.tools.ragged_tma makes it: boxes keep within a run of rows, and bring
+    zeros behind its last."""
+    width, stride = rows.shape[1], rows.stride(0)
+    shape, strides = [_LARGER, _LARGER, 2**30, width], [2**34 - stride, stride, stride, 1]
+    return TensorDescriptor(rows, shape, strides, [1, 1, box_rows, box_columns], _layout(box_columns))
+
+
 @functools.cache
 def _layout(width: int) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout(min(128, 2 * width), 16, 4)
 
 
-def _ragged(half: Tensor | None, slots: int) -> TensorDescriptor | None:
-    """A descriptor as triton.tools.ragged_tma makes it: KEYS slots of one part, zeros behind a sequence's last."""
+def _boxes(half: Tensor | None, slots: int) -> TensorDescriptor | None:
+    """KEYS slots of one part of a cache a box."""
     if half is None or not half.shape[-1]:
         return None
-    width, stride = half.shape[-1], half.stride(-2)
-    flat = half.as_strided((slots, width), (stride, 1))
-    shape, strides = [_LARGER, _LARGER, 2**30, width], [2**34 - stride, stride, stride, 1]
-    return TensorDescriptor(flat, shape, strides, [1, 1, KEYS, width], _layout(width))
+    width = half.shape[-1]
+    return ragged(half.as_strided((slots, width), (half.stride(-2), 1)), KEYS, width)
 
 
 def launch(
@@ -540,7 +546,7 @@ def launch(
     H, B, T, C = q.shape
     RH = halves[2].shape[-1]
     grid = triton.cdiv(H * T, ROWS), splits, B
-    boxes, read = [_ragged(half, slots) for half in halves], (table, lengths, seen)
+    boxes, read = [_boxes(half, slots) for half in halves], (table, lengths, seen)
     numbers = (
         scale, splits, rows_b, *q.stride()[:3], *r.stride()[:3], 0 if table is None else table.stride(0),
         0 if seen is None else seen.stride(0),

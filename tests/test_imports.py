@@ -26,7 +26,7 @@ MODELING = (
         "kernels_wide",
     ),
     ("kernels_gemm",),
-    ("kernels_decode", "kernels_attention", "kernels_norm"),
+    ("kernels_decode", "kernels_attention", "kernels_norm", "kernels_up"),
     ("kernels_tiles", "kernels_step"),
     ("kernels_moe",),
     ("precision", "experts", "cache", "projections", "correction", "attention_choice", "pages"),

@@ -319,7 +319,8 @@ def launch(page=0, flat=False, room=0, shift=0, dtype=torch.bfloat16, batch_inva
 @pytest.mark.parametrize(
     "options",
     [
-        {}, {"H": 128}, {"H": 17}, {"H": 16, "T": 2}, {"H": 20, "T": 4}, {"dtype": torch.float16}, {"batch_invariant": True}, {"B": 1},
+        {}, {"H": 128}, {"H": 17}, {"H": 16, "T": 2}, {"H": 20, "T": 4}, {"dtype": torch.float16}, {"B": 1},
+        {"batch_invariant": True},
         {"C": 256, "R": 32}, {"C": 128}, {"page": 64}, {"page": 256}, {"page": 64, "R": 32}, {"page": 64, "R": 0},
         {"S": 128, "B": 200},
     ],

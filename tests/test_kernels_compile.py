@@ -26,7 +26,7 @@ SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # that o
 # Bytes of stack. 64 rows of sums of 512 columns are all the registers that 8 warps have; sm_100 was never timed.
 # The seesaw's are addresses, stored before its loop: its warpgroups share the registers with the warp that fetches.
 SPILLS = {"_decode_kernel": 480, "_rows_kernel": 24, "_values_kernel": 16, "_wide_kernel": 8, "_seesaw_kernel": 200}
-ONLY = {"kernels_wide": "sm_90"}  # whose kernels are for one target
+ONLY = {"kernels_wide": "sm_90", "kernels_up": "sm_90"}  # whose kernels are for one target
 PRODUCTS = ("_decode_kernel", "_rows_kernel", "_weight_gradient_kernel", "_swapped_up_kernel", "_swapped_down_kernel")
 
 
@@ -194,6 +194,20 @@ def compile_all(name: str):
     grouped(torch.bfloat16)
     context.update(dtype="bfloat16", case="a wide row")
     experts(torch.bfloat16, 1, D=4096)
+    if name == "sm_90":
+        up = modules["kernels_up"]
+        found_up = [up.fits, up.up_rows]
+        moe._hopper_up = lambda device: found_up
+        logging.basicConfig()
+        moe.logger.setLevel("DEBUG")  # why something does not compile
+        for dtype, D, F, act, train in (
+            (torch.bfloat16, 2048, 1408, "silu", True), (torch.bfloat16, 2048, 1408, "silu", False),
+            (torch.float16, 144, 72, "gelu", True), (torch.bfloat16, 64, 64, "relu", False),
+            (torch.bfloat16, 7168, 2048, "gelu_tanh", True),
+        ):  # fmt: skip
+            context.update(dtype=str(dtype)[6:], case=f"up of {D} x {F}, {act}, train {train}")
+            experts(dtype, 8192, D=D, F=F, train=train, activation=act)
+        assert found_up, "kernels_up.py does not compile: the log says why"
     context.update(dtype="int64", case="256 experts")
     modules["kernels_plan"].make_plan(torch.zeros(8192, 8, dtype=torch.int64), 256, 128, kept=False)
 
