@@ -28,7 +28,8 @@ PAD = 128  # rows behind the last expert's that a weight gradient may read
 
 class Tile(NamedTuple):
     """How a kernel is cut: rows, columns and inner depth of a tile, warps, pipeline stages, blocks a multiprocessor,
-    row tiles that share a weight tile, and whether the next tile's loads begin before this one is stored."""
+    row tiles that share a weight tile, whether the next tile's loads begin before this one is stored, and whether
+    kernels_up.py may take its place on a Hopper."""
 
     rows: int
     columns: int
@@ -38,6 +39,7 @@ class Tile(NamedTuple):
     blocks: int = 1
     group: int = 8
     flatten: bool = False
+    specialised: bool = False
 
 
 @triton.jit

@@ -225,13 +225,13 @@ def _up_kernel(
 
 def fits(dtype: torch.dtype, tile: Tile) -> bool:
     """Whether the kernel may take the place of such a tile; that the device is a Hopper, callers have seen."""
-    return dtype in (torch.bfloat16, torch.float16) and (tile.rows, tile.columns) == (128, COLUMNS)
+    return tile.specialised and dtype in (torch.bfloat16, torch.float16)
 
 
 def up_rows(
     x_ND: Tensor, gate_up_EFD: Tensor, plan: Plan, K: int, act: str, save: bool, tile: Tile
 ) -> tuple[Tensor, Tensor]:
-    """As kernels_gemm.gated_rows, bit for bit, with a tile that `fits`."""
+    """As kernels_gemm.gated_rows, bit for bit, with a tile of 128 x 256 that `fits`."""
     E, F = gate_up_EFD.shape[0], gate_up_EFD.shape[1] // 2
     M, D = plan.order.shape[0], x_ND.shape[1]
     a = x_ND.new_empty((M, F))

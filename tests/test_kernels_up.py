@@ -8,13 +8,13 @@ import torch
 
 from lamoe import kernels_gemm, kernels_moe
 from lamoe.kernels_plan import make_plan, unpack
-from lamoe.kernels_tiles import TABLE
+from lamoe.kernels_tiles import CDNA, FLOAT32, INTERPRETER, TABLE
 from tests.kernels import ACTIVATIONS, assert_right, make_case, poison
 
 GPU = torch.cuda.is_available()
 HOPPER = GPU and torch.version.hip is None and torch.cuda.get_device_capability()[0] == 9
 GLUON = "triton.experimental.gluon.language.nvidia.hopper"
-TILE = TABLE[90].tiles[0][2].up
+TILE = TABLE[90].tiles[1][2].up  # of many rows, none wide
 
 
 def on_hopper(function):
@@ -55,8 +55,11 @@ def test_a_triton_without_gluon_for_hopper(load, monkeypatch, missing):
 def test_tiles_that_fit(load):
     fits, _ = load()
     assert fits(torch.bfloat16, TILE) and fits(torch.float16, TILE)
-    assert not fits(torch.float32, TILE)
-    assert not fits(torch.bfloat16, TILE._replace(rows=64)) and not fits(torch.bfloat16, TILE._replace(columns=128))
+    assert not fits(torch.float32, TILE) and not fits(torch.bfloat16, TILE._replace(specialised=False))
+    for row in (*TABLE.values(), CDNA, FLOAT32, INTERPRETER):
+        for _, _, tiles in row.tiles:
+            for tile in tiles:
+                assert not tile.specialised or (tile.rows, tile.columns, tile.depth) == (128, 256, 64)
 
 
 def test_a_kernel_that_does_not_compile_is_tried_once(monkeypatch):
