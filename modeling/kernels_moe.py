@@ -44,7 +44,7 @@ def _operator(name: str, mutates_args: tuple[str, ...] = ()) -> Callable:
 def _hopper_up(device: torch.device) -> list:
     """`fits` and `up_rows` of kernels_up.py on a Hopper; nothing elsewhere, and where Triton has no Gluon for it.
 
-    A list, so that `_gated_rows` can empty it: Gluon is experimental, and another Triton may not compile the kernel.
+    A list, so that `gated_up` can empty it: Gluon is experimental, and another Triton may not compile the kernel.
     """
     if not is_hopper(device):
         return []
@@ -56,7 +56,7 @@ def _hopper_up(device: torch.device) -> list:
     return [fits, up_rows]
 
 
-def _gated_rows(
+def gated_up(
     x: Tensor, gate_up: Tensor, plan: Plan, K: int, act: str, save: bool, tile: Tile
 ) -> tuple[Tensor, Tensor]:
     """`gated_rows`, by whichever kernel is the faster."""
@@ -89,7 +89,7 @@ def _experts(
     packed = make_plan(top_k_index, E, tiles.up.rows, kept=train)
     plan = unpack(packed, M, E)
     save = train and not recompute
-    a, h = _gated_rows(x, gate_up, plan, K, act, save, tiles.up_saving if save else tiles.up)
+    a, h = gated_up(x, gate_up, plan, K, act, save, tiles.up_saving if save else tiles.up)
     y = plain_rows(a, down, plan, K, tiles.down, gather=False, transposed=False)
     del a
     out = combine(y, plan, top_k_weights, shared, K, torch.empty_like(x))
@@ -117,7 +117,7 @@ def _experts_backward(
     tiles = invariant_tiles(x) if batch_invariant else tiles_for(x, M, E)
     plan = unpack(packed, M, E)
     if not len(h):
-        h = _gated_rows(x, gate_up, plan, K, act, True, tiles.up_saving)[1]
+        h = gated_up(x, gate_up, plan, K, act, True, tiles.up_saving)[1]
     dx = torch.empty_like(x) if need_x else x.new_empty(0)
     d_gate_up = d_down = None
     rows = x.new_empty((M, D))  # in turn: each row's output gradient, its token, its token's gradient

@@ -17,8 +17,8 @@ def read_rows(folder: Path) -> dict[str, list[dict]]:
 def markdown_tables(folder: Path) -> dict[str, str]:
     """Every table in Markdown, by the name of its suite; suites without rows have none."""
     makers = {
-        "decode": _decode, "mla": _mla, "attention": _attention, "prefill": _prefill, "cache": _cache, "moe": _moe,
-        "moe-decode": _moe_decode, "step": _step, "train": _train,
+        "decode": _decode, "mla": _mla, "attention": _attention, "prefill": _prefill, "mtp": _mtp, "cache": _cache,
+        "moe": _moe, "moe-sonic": _moe_sonic, "moe-decode": _moe_decode, "step": _step, "train": _train,
     }  # fmt: skip
     suites = read_rows(folder)
     return {suite: "\n".join(make(suites[suite])) for suite, make in makers.items() if suite in suites}
@@ -97,6 +97,17 @@ def _prefill(rows: list[dict]) -> list[str]:
     return lines
 
 
+def _mtp(rows: list[dict]) -> list[str]:
+    lines = [
+        "| `use_mtp`, batch 1 | a step, ms | a round, ms | pays above an acceptance of |",
+        "|---|---|---|---|",
+    ]
+    for r in rows:
+        name = f"{r['preset']}, context {r['context'] // 1024}k, {r['drafts']} draft, {_short(r['device'])}"
+        lines.append(f"| {name} | {r['step_ms']:.2f} | {r['round_ms']:.2f} | {r['pays_above']:.0%} |")
+    return lines
+
+
 def _cache(rows: list[dict]) -> list[str]:
     lines = ["| cache, bytes a token in bfloat16 | keys and values | latents, as cached |", "|---|---|---|"]
     return lines + [f"| {r['preset']} | {r['expanded_bytes']:,} | {r['latent_bytes']:,} |" for r in rows]
@@ -119,6 +130,21 @@ def _moe(rows: list[dict]) -> list[str]:
             f"| {shape}, {_short(device)} | {dense['step_tflops']:.0f} | {rival['step_tflops']:.0f} "
             f"| {ours['step_tflops']:.0f} | {rival['step_ms'] / ours['step_ms']:.2f} | {ours['over_dense']:.2f} "
             f"| {rival['held_mib']:,.0f} / {ours['held_mib']:,.0f} | {slower} |"
+        )
+    return lines
+
+
+def _moe_sonic(rows: list[dict]) -> list[str]:
+    by = {(r["shape"], r["who"]): r for r in rows}
+    lines = [
+        "| experts, ms: SonicMoE / Lamoe | forward | forward + backward | SonicMoE's time over Lamoe's |",
+        "|---|---|---|---|",
+    ]
+    for shape in dict.fromkeys(r["shape"] for r in rows):
+        rival, ours = by[shape, "sonicmoe"], by[shape, "lamoe"]
+        lines.append(
+            f"| {shape}, {_short(ours['device'])} | {rival['forward_ms']:.2f} / {ours['forward_ms']:.2f} "
+            f"| {rival['step_ms']:.2f} / {ours['step_ms']:.2f} | {rival['step_ms'] / ours['step_ms']:.2f} |"
         )
     return lines
 
