@@ -5,7 +5,7 @@ which defines the result, is attention.absorbed_attention. A latent tile is load
 and is key and value at once; one in float8 is turned into the queries' dtype first, which is exact. The keys of a
 sequence are split among programs, each keeps the maximum and the mass of its share, and a second launch merges them.
 Grids depend on shapes alone, so that CUDA graphs replay for other lengths. On Hopper kernels_wide.py has the first
-launch of more than 32 rows, where Triton has Gluon and the cache is such as it takes.
+launch of more than 16 rows, where Triton has Gluon and the cache is such as it takes.
 """
 
 import functools
@@ -331,7 +331,7 @@ _HOPPER = Tiles(
     # with the shared memory of four stages a multiprocessor takes one program; with that of three it may take two, and
     # leave others idle (278 us, not 210, for eight sequences of 64k)
     few=Tile(16, 32, 4, 4, True, copied=True),
-    some=Tile(64, 64, 8, 2, False, copied=True),  # 32 rows: 430 us, not 220
+    some=Tile(64, 64, 8, 2, False, copied=True),  # a tile of 32 rows: 430 us, not 210
     many=Tile(64, 64, 8, 2, False, copied=True),
     few_long=Tile(16, 64, 4, 2, True, copied=True),
     some_long=Tile(64, 64, 8, 2, False, copied=True),

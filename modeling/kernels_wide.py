@@ -1,4 +1,4 @@
-"""Decode over latents for more than 32 rows of heads and tokens, on Hopper, in Gluon: kernels_attention's
+"""Decode over latents for more than 16 rows of heads and tokens, on Hopper, in Gluon: kernels_attention's
 `_decode_kernel` with the order of copies and products laid down by hand.
 
 Triton orders the copy of the next keys behind the products of these, and splits a chain of products differently from

@@ -36,11 +36,11 @@ from lamoe.scripts.expert_tiles import best_tiles
 from lamoe.scripts.prefill_speed import peak_of, prompt_cost
 from lamoe.scripts.result_tables import markdown_tables
 from lamoe.scripts.serving_speed import WAYS, StepClock, batching_cost, draft_cost
-from lamoe.scripts.train_speed import CASES, documents_cost, train_step_cost
+from lamoe.scripts.train_speed import CASES, balance_cost, documents_cost, train_step_cost
 
 SUITES = (
     "cache", "attention", "prefill", "decode", "mla", "mtp", "batching", "moe", "moe-decode", "step", "train",
-    "documents", "tune", "tables",
+    "balance", "documents", "tune", "tables",
 )  # fmt: skip
 _NATIVE = {"deepseek_v2": DeepseekV2Config, "deepseek_v3": DeepseekV3Config}
 
@@ -92,7 +92,7 @@ def main(arguments: Arguments):
     suites = {
         "cache": cache_bytes, "attention": attention_step, "prefill": prefill, "decode": decode, "mla": mla,
         "mtp": mtp, "batching": batching, "moe": moe, "moe-decode": moe_decode, "step": step, "train": train,
-        "documents": documents, "tune": tune,
+        "balance": balance, "documents": documents, "tune": tune,
     }  # fmt: skip
     rows = suites[arguments.suite](arguments)
     table = Table(*rows[0], title=f"{arguments.suite}, {device_name()}")
@@ -376,6 +376,16 @@ def train(arguments: Arguments) -> list[dict]:
         if device == "cuda":
             torch.cuda.empty_cache()
     return rows
+
+
+def balance(arguments: Arguments) -> list[dict]:
+    """What balancing by bias costs of a step, with a report of every layer's load after each."""
+    config = config_of(arguments.preset, arguments.layers)
+    if config.topk_method != "noaux_tc":
+        raise ValueError(f"preset={arguments.preset!r} has no correction bias; balance one that has: moonlight, v3.")
+    config.num_nextn_predict_layers = 0
+    model = random_model(config, *place())
+    return [{"preset": arguments.preset, **row} for row in balance_cost(model, arguments.batch[0], arguments.length)]
 
 
 def documents(arguments: Arguments) -> list[dict]:

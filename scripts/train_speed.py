@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lamoe import boost
 from lamoe.attention_choice import Documents, sdpa_attention
+from lamoe.balance import RouterBalance
 from lamoe.memory import ATTENTION_AND_SHARED
 from lamoe.scripts.corpus import read_documents
 from lamoe.scripts.packing import pack
@@ -99,6 +100,38 @@ def train_step_cost(name: str, case: TrainCase, ours, native, length: int, round
         }
         for who, (model, _) in turns.items()
     ]
+
+
+def balance_cost(model: nn.Module, batch: int, length: int, rounds: int = 5) -> list[dict]:
+    """A step of training without balancing, and with the bias moved and every layer's load reported after it, in
+    alternating rounds; `cost` is the share by which a step takes longer."""
+    device = model.device.type
+    model.train()
+    batches = text_batches(model.config.vocab_size, batch, length, 4, device)
+    times: dict[str, list[float]] = {"plain": [], "balanced and reported": []}
+
+    def run(balance: RouterBalance | None):
+        for ids in batches[1:]:
+            train_step(model, ids)
+            if balance is not None:
+                balance.step(1e-3)
+                balance.report()
+
+    run(None)
+    with RouterBalance(model) as balance:
+        run(balance)
+    for _ in range(rounds):
+        times["plain"].append(seconds(lambda: run(None), device))
+        with RouterBalance(model) as balance:
+            times["balanced and reported"].append(seconds(lambda balance=balance: run(balance), device))
+    steps = {way: statistics.median(found) / (len(batches) - 1) for way, found in times.items()}
+    return [
+        {
+            "way": way, "layers": model.config.num_hidden_layers, "batch": batch, "length": length,
+            "step_ms": step * 1e3, "cost": step / steps["plain"] - 1,
+        }
+        for way, step in steps.items()
+    ]  # fmt: skip
 
 
 def adapted(model: nn.Module) -> nn.Module:

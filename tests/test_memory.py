@@ -202,6 +202,16 @@ def test_serving_is_measured():
     assert all(row["tokens_per_second"] > 0 and row["requests"] == 2 for row in rows)
 
 
+def test_balancing_is_measured():
+    from lamoe.scripts import benchmark
+
+    plain, balanced = benchmark.balance(benchmark.Arguments("balance", preset="tiny", layers=2, length=32))
+    assert plain["cost"] == 0 and balanced["cost"] == pytest.approx(balanced["step_ms"] / plain["step_ms"] - 1)
+    assert (plain["way"], balanced["way"]) == ("plain", "balanced and reported")
+    with pytest.raises(ValueError, match="preset='v2-lite' has no correction bias"):
+        benchmark.balance(benchmark.Arguments("balance"))
+
+
 def test_attention_over_documents_is_measured():
     rows = documents_cost(2, (6, 4), 20, [5, 8], "cpu", torch.float32, ["each", "masked"])
     assert [(row["document"], row["way"]) for row in rows] == [(n, way) for n in (5, 8) for way in ("each", "masked")]
