@@ -144,6 +144,10 @@ class PagedRunner(ModelRunner):
     def maybe_pad_inputs(self, num_q_tokens: int, max_kv_read: int, use_decode_fast_path: bool) -> tuple[int, int]:
         """Sizes of the next batch. Padded to whole intervals, a mixed one would attend to thousands of empty slots."""
         self.pad_inputs = self._static(use_decode_fast_path)
+        copies = getattr(self.inputs_and_outputs, "h2d_stream", None)  # where it is async
+        if copies is not None:
+            # Transformers clears inputs, when it makes or resets them, on another stream than it copies them on.
+            copies.wait_stream(torch.cuda.current_stream(copies.device))
         return super().maybe_pad_inputs(num_q_tokens, max_kv_read, use_decode_fast_path)
 
     def run_one_warmup(self, model, num_q_tokens: int, max_kv_read: int | None) -> float:

@@ -162,6 +162,33 @@ def test_gpu_waits_for_inputs(model, expected, reads, graphs, monkeypatch, recor
     assert bool(graphs) == recorded
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+def test_gpu_copies_wait_for_what_clears_inputs(model, expected, reads, graphs, monkeypatch):
+    """Async batches copy their inputs on a third stream: here, long before they are cleared for the first time."""
+    clear = ContinuousBatchingIOs._reset_static_tensors
+
+    def late(self, full_reset=False):
+        if full_reset and self.device.type == "cuda":
+            torch.cuda._sleep(10**8)  # cycles: some 50 milliseconds
+        clear(self, full_reset)
+
+    monkeypatch.setattr(ContinuousBatchingIOs, "_reset_static_tensors", late)
+    assert batched(model, use_async_batching=True) == expected
+
+
+def test_copies_wait_for_what_clears_inputs(monkeypatch):
+    waits, here = [], object()
+    copies = SimpleNamespace(device="cuda:0", wait_stream=waits.append)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: here)
+    monkeypatch.setattr(continuous.PagedRunner, "_static", lambda self, decode: False)
+    runner = object.__new__(continuous.PagedRunner)
+    for io, expected in ((SimpleNamespace(), []), (SimpleNamespace(h2d_stream=copies), [here])):
+        runner.inputs_and_outputs = io
+        assert runner.maybe_pad_inputs(3, 4, True) == (3, 4)
+        assert waits == expected
+
+
 @pytest.mark.parametrize("blocks, way", [(None, "table"), (5, "table"), (0, "list")])
 def test_tokens_are_those_of_generate(model, expected, reads, blocks, way):
     assert batched(model, max_blocks_per_request=blocks, use_cuda_graph=False) == expected
