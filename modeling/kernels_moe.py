@@ -64,6 +64,8 @@ def gated_up(
     if up and up[0](x.dtype, tile):
         try:
             return up[1](x, gate_up, plan, K, act, save, tile)
+        except torch.OutOfMemoryError:
+            raise
         except Exception:  # the compiler's, that is; whatever else fails, the next launch meets it, too
             logger.debug("kernels_up.py does not compile with this Triton; _rows_kernel runs.", exc_info=True)
             up.clear()

@@ -78,6 +78,17 @@ def test_a_kernel_that_does_not_compile_is_tried_once(monkeypatch):
     assert len(tries) == 1 and not found
 
 
+def test_no_memory_is_not_a_kernel_that_does_not_compile(monkeypatch):
+    def fail(*arguments):
+        raise torch.OutOfMemoryError("out of memory")
+
+    found = [lambda *arguments: True, fail]
+    monkeypatch.setattr(kernels_moe, "_hopper_up", lambda device: found)
+    with pytest.raises(torch.OutOfMemoryError):
+        assert_right(make_case(5, 16, 8, 3, 2, device="cuda" if GPU else "cpu"))
+    assert found
+
+
 def routing(kind: str, N: int, E: int, K: int) -> torch.Tensor:
     """Experts [N, K] on the GPU."""
     index = torch.rand(N, E, device="cuda").topk(K, dim=-1).indices
