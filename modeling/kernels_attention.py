@@ -107,6 +107,11 @@ def _exact(tile, scales, q, PTX: tl.constexpr):
 
 
 @triton.jit
+def _finite(top):
+    return tl.where(top == float("-inf"), 0.0, top)
+
+
+@triton.jit
 def _along_rows(x, TRANSPOSED: tl.constexpr):
     """A number for each row, to be broadcast over keys or columns."""
     return x[None, :] if TRANSPOSED else x[:, None]
@@ -220,7 +225,7 @@ def _decode_kernel(
             elif start + KEYS > tl.minimum(last, length - (T - 1)):
                 scores = tl.where(keys < _along_rows(limit, TRANSPOSED), scores, float("-inf"))
             higher = tl.maximum(top, tl.max(scores, axis=0 if TRANSPOSED else 1) * scale)
-            least = tl.where(higher == float("-inf"), 0.0, higher)
+            least = _finite(higher)
             weights = tl.exp2(scores * scale - _along_rows(least, TRANSPOSED))
             fade = tl.exp2(top - least)
             mass = mass * fade + tl.sum(weights, axis=0 if TRANSPOSED else 1)
@@ -256,11 +261,6 @@ def _masses(masses_ptr, s, splits):
     """Maxima and masses of splits `s`; -inf and 0 of what is not one."""
     tops = tl.load(masses_ptr + 2 * s, mask=s < splits, other=float("-inf"))
     return tops, tl.load(masses_ptr + 2 * s + 1, mask=s < splits, other=0.0)
-
-
-@triton.jit
-def _finite(top):
-    return tl.where(top == float("-inf"), 0.0, top)
 
 
 @triton.jit
@@ -312,19 +312,18 @@ def _merge_kernel(
 
 
 class Tiles(NamedTuple):
-    """The tiles of a device: for rows of up to 16, of up to 32 and of more; and for the first two where every sequence
-    is one program's work, which then reads long runs of keys, or lies in pages."""
+    """The tiles of a device: for rows of up to 16, of up to 32 and of more; and for the first where every sequence is
+    one program's work, which then reads long runs of keys, or lies in pages."""
 
     few: Tile
     some: Tile
     many: Tile
     few_long: Tile
-    some_long: Tile
 
 
 def _plain(keys: int, stages: int, many: Tile) -> Tiles:
     few, some = Tile(16, keys, 4, stages, True), Tile(32, keys, 8, stages, True)
-    return Tiles(few, some, many, few, some)
+    return Tiles(few, some, many, few)
 
 
 _HOPPER = Tiles(
@@ -334,7 +333,6 @@ _HOPPER = Tiles(
     some=Tile(64, 64, 8, 2, False, copied=True),  # a tile of 32 rows: 430 us, not 210
     many=Tile(64, 64, 8, 2, False, copied=True),
     few_long=Tile(16, 64, 4, 2, True, copied=True),
-    some_long=Tile(64, 64, 8, 2, False, copied=True),
 )
 # by the oldest compute capability that a row is for; measured on 90 only
 TABLE = {90: _HOPPER, 0: _plain(32, 2, Tile(64, 32, 8, 2, False))}
@@ -344,7 +342,6 @@ _HOPPER_FLOAT8 = Tiles(
     some=Tile(64, 64, 8, 2, False, copied=True),
     many=Tile(64, 64, 8, 2, False, copied=True),
     few_long=Tile(16, 64, 8, 3, True, copied=True),
-    some_long=Tile(64, 64, 8, 2, False, copied=True),
 )
 FLOAT8_TABLE = {100: _HOPPER, 90: _HOPPER_FLOAT8, 0: TABLE[0]}
 CDNA = _plain(16, 1, Tile(32, 16, 4, 1, True))
@@ -364,10 +361,10 @@ def tile_for(
     float8: the latents are in float8. paged: they lie in pages that hold a long tile.
     """
     tiles, programs = _device(x, float8), multiprocessors(x)
-    long = paged or (not batch_invariant and programs // max(B, 1) <= 1)
     if rows <= 16:
+        long = paged or (not batch_invariant and programs // max(B, 1) <= 1)
         return tiles.few_long if long else tiles.few
-    tile = tiles.many if rows > 32 else tiles.some_long if long else tiles.some
+    tile = tiles.many if rows > 32 else tiles.some
     # of many rows a program needs many keys to be worth its start: too few of both leave the device idle
     busy = max(B, 1) * triton.cdiv(rows, tile.rows) * (S // (2 * tile.keys))
     return tile if batch_invariant or tile.rows <= 32 or 2 * busy >= programs else tiles.few

@@ -43,7 +43,7 @@ class Tile(NamedTuple):
 
 
 @triton.jit
-def _halves(x):
+def halves(x):
     """The left and the right half of a tile's columns; both stay in the registers of the thread that holds them."""
     ROWS: tl.constexpr = x.shape[0]
     HALF: tl.constexpr = x.shape[1] // 2
@@ -152,7 +152,7 @@ def _rows_kernel(
                 w = tl.reshape(w_desc.load([e, column, k]), (COLUMNS, DEPTH)).T
             acc = tl.dot(a, w, acc, input_precision=PRECISION)
         if GATED:
-            gate, up = _halves(acc)
+            gate, up = halves(acc)
             if SAVE:
                 _store_rows(None, h_ptr, gate, row, end, 0, column, Y, 2, False)
                 _store_rows(None, h_ptr, up, row, end, 1, column, Y, 2, False)

@@ -9,7 +9,7 @@ DEPTH columns of X: two boxes of 64 gathered rows, and COLUMNS rows of weights, 
 import torch
 from torch import Tensor
 
-from .kernels_gemm import Tile, activation_and_slope, multiprocessors
+from .kernels_gemm import Tile, activation_and_slope, halves, multiprocessors
 from .kernels_plan import Plan
 from .kernels_wide import LARGE, begin_copy, begin_reading, ragged
 
@@ -122,19 +122,11 @@ def _fetch(x_ptr, w_desc, a_s, w_s, full, free, order_ptr, starts_ptr, tile_expe
 
 
 @gluon.jit
-def _halves(x):
-    """The left and the right half of a tile's columns; both stay in the registers of the thread that holds them."""
-    ROWS: gl.constexpr = x.shape[0]
-    HALF: gl.constexpr = x.shape[1] // 2
-    return gl.split(gl.permute(gl.reshape(x, (ROWS, 2, HALF)), (0, 2, 1)))
-
-
-@gluon.jit
 def _store(x, places, desc, row, end, column):
     """Begin to store rows [row, end), half of the columns through either place, once what was there has been read."""
     ROWS: gl.constexpr = x.shape[0]
     size = gl.maximum(gl.minimum(end - row, ROWS), 0)
-    left, right = _halves(x.to(places.dtype))
+    left, right = halves(x.to(places.dtype))
     for part in gl.static_range(2):
         place = places.index(part)
         tma.store_wait(1)
@@ -173,7 +165,7 @@ def _multiply(a_s, w_s, places, full, free, ahead, y_desc, gate_desc, up_desc, s
             slot, phase = _after(slot, phase, STAGES)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(free.index(_before(slot, STAGES)), count=1)
-        gate, up = _halves(acc)
+        gate, up = halves(acc)
         if SAVE:
             _store(gate, places, gate_desc, row, end, column)
             _store(up, places, up_desc, row, end, column)
