@@ -410,6 +410,8 @@ def split_decode(
         if not converts_float8(q):
             c0, c1 = c0.view(torch.uint8), c1.view(torch.uint8)
     tile = tile_for(q, H * T, B, longest, batch_invariant, float8, page >= 64)
+    if R > 64 and tile.rows == 64:  # or they do not fit into shared memory beside latents of 512
+        tile = tile._replace(keys=tile.keys // 2)
     splits = _splits(q, tile, B, H * T, longest, batch_invariant)
     lse = q.new_empty((H, B, T), dtype=torch.float32)
     parts = splits > 1
@@ -422,7 +424,6 @@ def split_decode(
     rows_b = c0.stride(0) // c0.stride(-2) if table is None else 0
     slots = len(c0) if table is not None else (B - 1) * rows_b + c0.shape[1]
     one_grid = tile.copied and _one_grid(halves, rows_b)
-    # rotated keys of more than 64 columns do not fit into shared memory beside latents of 512
     wide = _wide(q.device) if tile.rows == 64 and one_grid and starts is None and R <= 64 else []
     with torch.cuda.device_of(q):
         if wide and wide[0](c0.dtype, C, RH, page):

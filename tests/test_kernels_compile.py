@@ -284,6 +284,8 @@ def compile_all(name: str):
     decode(torch.bfloat16, 24, 200)
     decode(torch.bfloat16, 16, 8, page=64)
     decode(torch.bfloat16, 64, 8, page=64)
+    for heads, float8 in ((16, False), (64, False), (64, True)):
+        decode(torch.bfloat16, heads, 8, R=128, float8=float8)
     decode(torch.bfloat16, 16, 64, page=256)
     decode(torch.bfloat16, 16, 1, T=8, C=128, R=0)
     for heads, B in ((16, 8), (16, 200), (20, 8), (24, 200), (128, 8)):
