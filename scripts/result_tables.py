@@ -17,7 +17,8 @@ def read_rows(folder: Path) -> dict[str, list[dict]]:
 def markdown_tables(folder: Path) -> dict[str, str]:
     """Every table in Markdown, by the name of its suite; suites without rows have none."""
     makers = {
-        "decode": _decode, "mla": _mla, "attention": _attention, "prefill": _prefill, "mtp": _mtp, "cache": _cache,
+        "decode": _decode, "mla": _mla, "attention": _attention, "prefill": _prefill, "mtp": _mtp,
+        "batching": _batching, "cache": _cache,
         "moe": _moe, "moe-sonic": _moe_sonic, "moe-decode": _moe_decode, "step": _step, "train": _train,
     }  # fmt: skip
     suites = read_rows(folder)
@@ -105,6 +106,22 @@ def _mtp(rows: list[dict]) -> list[str]:
     for r in rows:
         name = f"{r['preset']}, context {r['context'] // 1024}k, {r['drafts']} draft, {_short(r['device'])}"
         lines.append(f"| {name} | {r['step_ms']:.2f} | {r['round_ms']:.2f} | {r['pays_above']:.0%} |")
+    return lines
+
+
+def _batching(rows: list[dict]) -> list[str]:
+    ways = list(dict.fromkeys(r["way"] for r in rows))
+    lines = [
+        "| `generate_batch`, tokens a second | " + " | ".join(ways) + " |",
+        "|---" * (len(ways) + 1) + "|",
+    ]
+    by: dict[str, dict[str, float]] = {}
+    for r in rows:
+        requests = f"{r['requests']} requests of {r['prompt']} + {r['new_tokens']} tokens"
+        by.setdefault(f"{r['preset']}, {requests}, {_short(r['device'])}", {})[r["way"]] = r["tokens_per_second"]
+    for shape, speeds in by.items():
+        cells = (f"{speeds[way]:,.0f}" if way in speeds else "[not measured]" for way in ways)
+        lines.append(f"| {shape} | " + " | ".join(cells) + " |")
     return lines
 
 
