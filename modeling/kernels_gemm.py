@@ -29,7 +29,7 @@ PAD = 128  # rows behind the last expert's that a weight gradient may read
 class Tile(NamedTuple):
     """How a kernel is cut: rows, columns and inner depth of a tile, warps, pipeline stages, blocks a multiprocessor,
     row tiles that share a weight tile, whether the next tile's loads begin before this one is stored, and whether
-    kernels_up.py may take its place on a Hopper."""
+    kernels_up.py or kernels_hidden.py may take its place on a Hopper."""
 
     rows: int
     columns: int

@@ -41,35 +41,59 @@ def _operator(name: str, mutates_args: tuple[str, ...] = ()) -> Callable:
 
 
 @functools.cache
-def _hopper_up(device: torch.device) -> list:
-    """`fits` and `up_rows` of kernels_up.py on a Hopper; nothing elsewhere, and where Triton has no Gluon for it.
+def _hopper(device: torch.device) -> dict[str, tuple[Callable, Callable]]:
+    """By name, whether a kernel in Gluon fits and the kernel, on a Hopper; nothing elsewhere, and where Triton has no
+    Gluon for it.
 
-    A list, so that `gated_up` can empty it: Gluon is experimental, and another Triton may not compile the kernel.
+    `_specialised` takes out what fails: Gluon is experimental, and another Triton may not compile a kernel.
     """
     if not is_hopper(device):
-        return []
+        return {}
     try:
+        from .kernels_hidden import fits as hidden_fits
+        from .kernels_hidden import hidden_gradient
         from .kernels_up import fits, up_rows
     except Exception:
-        logger.debug("kernels_up.py does not load with this Triton; _rows_kernel runs.", exc_info=True)
-        return []
-    return [fits, up_rows]
+        logger.debug("The kernels in Gluon do not load with this Triton; kernels_gemm.py's run.", exc_info=True)
+        return {}
+    return {"up": (fits, up_rows), "hidden": (hidden_fits, hidden_gradient)}
+
+
+def _specialised(name: str, tile: Tile, x: Tensor, *rest) -> tuple[Tensor, ...] | None:
+    """What the kernel of that name makes of x and the rest; None where it does not run."""
+    kernels = _hopper(x.device)
+    if name not in kernels or not kernels[name][0](x, tile):
+        return None
+    try:
+        return kernels[name][1](x, *rest, tile)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # the compiler's, that is; whatever else fails, the next launch meets it, too
+        logger.debug("The kernel %r in Gluon does not compile with this Triton; it does without.", name, exc_info=True)
+        del kernels[name]
+        return None
 
 
 def gated_up(
     x: Tensor, gate_up: Tensor, plan: Plan, K: int, act: str, save: bool, tile: Tile
 ) -> tuple[Tensor, Tensor]:
     """`gated_rows`, by whichever kernel is the faster."""
-    up = _hopper_up(x.device)
-    if up and up[0](x.dtype, tile):
-        try:
-            return up[1](x, gate_up, plan, K, act, save, tile)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:  # the compiler's, that is; whatever else fails, the next launch meets it, too
-            logger.debug("kernels_up.py does not compile with this Triton; _rows_kernel runs.", exc_info=True)
-            up.clear()
-    return gated_rows(x, gate_up, plan, K, act, save, tile)
+    quick = _specialised("up", tile, x, gate_up, plan, K, act, save)
+    return gated_rows(x, gate_up, plan, K, act, save, tile) if quick is None else quick
+
+
+def gated_gradient(
+    rows: Tensor, down: Tensor, h: Tensor, top_k_weights: Tensor, plan: Plan, act: str, tile: Tile
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of packed output gradients [M, D]: w * act(gate) * up [M, F], dh [M, 2F] and the router weights' gradient.
+
+    By whichever kernels are the faster.
+    """
+    quick = _specialised("hidden", tile, rows, down, h, top_k_weights, plan, act, True)
+    if quick is not None:
+        return quick
+    da = plain_rows(rows, down, plan, top_k_weights.shape[1], tile, gather=False, transposed=True)
+    return da, *act_gradient(da, h, top_k_weights, plan, len(down), act, True)
 
 
 @_operator("experts")
@@ -125,15 +149,15 @@ def _experts_backward(
     rows = x.new_empty((M, D))  # in turn: each row's output gradient, its token, its token's gradient
     if need_down:
         # the weight gradient needs them packed, and from then on the copy engine fetches them faster than a gather
-        pack(dy, plan, E, K, PAD, rows)
-        da = plain_rows(rows, down, plan, K, tiles.da, gather=False, transposed=True)
+        a, dh, dw = gated_gradient(pack(dy, plan, E, K, PAD, rows), down, h, top_k_weights, plan, act, tiles.da)
     else:
         da = plain_rows(dy, down, plan, K, tiles.down, gather=True, transposed=True)
-    dh, dw = act_gradient(da, h, top_k_weights, plan, E, act, need_down)
+        dh, dw = act_gradient(da, h, top_k_weights, plan, E, act, False)
+        del da
     del h
     if need_down:
-        d_down = weight_gradient(rows, da, plan, E, down_into, tiles.dw)
-    del da
+        d_down = weight_gradient(rows, a, plan, E, down_into, tiles.dw)
+        del a
     if need_gate_up:
         d_gate_up = weight_gradient(dh, pack(x, plan, E, K, PAD, rows), plan, E, gate_up_into, tiles.dw)
     if need_x:

@@ -56,7 +56,7 @@ _MANY = Tiles(
     up=Tile(128, 256, 64, 8, 3, group=16, flatten=True, specialised=True),
     up_saving=Tile(128, 256, 64, 8, 4, group=16, specialised=True),
     down=Tile(128, 256, 64, 8, 3, flatten=True),
-    da=Tile(128, 256, 64, 8, 3, flatten=True),
+    da=Tile(128, 256, 64, 8, 3, flatten=True, specialised=True),
     dx=Tile(128, 256, 64, 8, 3, flatten=True),
     dw=Tile(128, 256, 64, 8, 3),
 )

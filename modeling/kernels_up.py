@@ -31,14 +31,14 @@ except ImportError as error:
     ) from error
 
 _begin_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global  # renamed after Triton 3.6
-_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
+barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 COLUMNS, DEPTH, STAGES = 256, 64, 4
 # Rows of a step are announced so many steps late: until then their copies may be on their way.
 LAG = 2
 
 
 @gluon.jit
-def _row_tile(t, count, starts_ptr, tile_expert_ptr, tile_row_ptr, ACROSS: gl.constexpr, GROUP: gl.constexpr):
+def row_tile(t, count, starts_ptr, tile_expert_ptr, tile_row_ptr, ACROSS: gl.constexpr, GROUP: gl.constexpr):
     """Column tile, expert, first row and the row behind the last of item t, or of the last item: GROUP row tiles share
     a weight tile."""
     t = gl.minimum(t, gl.maximum(count * ACROSS - 1, 0))
@@ -51,13 +51,13 @@ def _row_tile(t, count, starts_ptr, tile_expert_ptr, tile_row_ptr, ACROSS: gl.co
 
 
 @gluon.jit
-def _after(slot, phase, STAGES: gl.constexpr):
+def after(slot, phase, STAGES: gl.constexpr):
     last = slot == STAGES - 1
     return gl.where(last, 0, slot + 1), gl.where(last, phase ^ 1, phase)
 
 
 @gluon.jit
-def _before(slot, STAGES: gl.constexpr):
+def before(slot, STAGES: gl.constexpr):
     return gl.where(slot == 0, STAGES - 1, slot - 1)
 
 
@@ -82,7 +82,7 @@ def _fetch(x_ptr, w_desc, a_s, w_s, full, free, order_ptr, starts_ptr, tile_expe
     slot = 0
     phase = 1  # of the round before the first: every stage is free
     nth = 0
-    across, e, row, end = _row_tile(gl.program_id(0), count, starts_ptr, tile_expert_ptr, tile_row_ptr, ACROSS, GROUP)
+    across, e, row, end = row_tile(gl.program_id(0), count, starts_ptr, tile_expert_ptr, tile_row_ptr, ACROSS, GROUP)
     tokens0 = _tokens(order_ptr, row, end, K, ROWS, of_rows)
     tokens1 = _tokens(order_ptr, row + ROWS, end, K, ROWS, of_rows)
     for t in range(gl.program_id(0), count * ACROSS, gl.num_programs(0)):
@@ -90,7 +90,7 @@ def _fetch(x_ptr, w_desc, a_s, w_s, full, free, order_ptr, starts_ptr, tile_expe
         rows1 = x_ptr + tokens1.to(gl.int64) * X
         column = across * HALF
         expert = e
-        across, e, row, end = _row_tile(
+        across, e, row, end = row_tile(
             t + gl.num_programs(0), count, starts_ptr, tile_expert_ptr, tile_row_ptr, ACROSS, GROUP
         )
         tokens0 = _tokens(order_ptr, row, end, K, ROWS, of_rows)
@@ -110,13 +110,13 @@ def _fetch(x_ptr, w_desc, a_s, w_s, full, free, order_ptr, starts_ptr, tile_expe
             async_copy.commit_group()
             async_copy.wait_group(LAG)
             fence_async_shared()
-            _barrier()  # one thread announces for all: each has fenced what it wrote
+            barrier()  # one thread announces for all: each has fenced what it wrote
             mbarrier.arrive(full.index((slot + STAGES - LAG) % STAGES), count=1, pred=nth >= LAG)
-            slot, phase = _after(slot, phase, STAGES)
+            slot, phase = after(slot, phase, STAGES)
             nth += 1
     async_copy.wait_group(0)
     fence_async_shared()
-    _barrier()
+    barrier()
     for left in gl.static_range(LAG):
         mbarrier.arrive(full.index((slot + STAGES - LAG + left) % STAGES), count=1, pred=nth >= LAG - left)
 
@@ -147,7 +147,7 @@ def _multiply(a_s, w_s, places, full, free, ahead, y_desc, gate_desc, up_desc, s
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * HALF, 16])
     nth = 0
     for t in range(gl.program_id(0), count * ACROSS, gl.num_programs(0)):
-        across, _, row, end = _row_tile(t, count, starts_ptr, tile_expert_ptr, tile_row_ptr, ACROSS, GROUP)
+        across, _, row, end = row_tile(t, count, starts_ptr, tile_expert_ptr, tile_row_ptr, ACROSS, GROUP)
         row += me * ROWS
         column = across * HALF
         slot = nth * STEPS % STAGES
@@ -161,10 +161,10 @@ def _multiply(a_s, w_s, places, full, free, ahead, y_desc, gate_desc, up_desc, s
                 mbarrier.arrive(ahead, count=1, pred=step == LEAD)
             acc = warpgroup_mma(a_s.index(2 * slot + me), w_s.index(slot).permute((1, 0)), acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=(acc,))
-            mbarrier.arrive(free.index(_before(slot, STAGES)), count=1, pred=step > 0)
-            slot, phase = _after(slot, phase, STAGES)
+            mbarrier.arrive(free.index(before(slot, STAGES)), count=1, pred=step > 0)
+            slot, phase = after(slot, phase, STAGES)
         acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(free.index(_before(slot, STAGES)), count=1)
+        mbarrier.arrive(free.index(before(slot, STAGES)), count=1)
         gate, up = halves(acc)
         if SAVE:
             _store(gate, places, gate_desc, row, end, column)
@@ -215,9 +215,10 @@ def _up_kernel(
     )  # fmt: skip
 
 
-def fits(dtype: torch.dtype, tile: Tile) -> bool:
-    """Whether the kernel may take the place of such a tile; that the device is a Hopper, callers have seen."""
-    return tile.specialised and dtype in (torch.bfloat16, torch.float16)
+def fits(x: Tensor, tile: Tile) -> bool:
+    """Whether the kernel may take the place of such a tile of tokens x; that the device is a Hopper, callers have
+    seen."""
+    return tile.specialised and x.dtype in (torch.bfloat16, torch.float16)
 
 
 def up_rows(

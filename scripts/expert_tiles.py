@@ -7,7 +7,7 @@ import torch
 
 from lamoe.kernels_decode import SwappedTile, VectorTile, swapped_experts, vector_experts
 from lamoe.kernels_gemm import PAD, Tile, plain_rows, weight_gradient
-from lamoe.kernels_moe import gated_up
+from lamoe.kernels_moe import gated_gradient, gated_up
 from lamoe.kernels_plan import make_plan, pack, unpack
 from lamoe.scripts.expert_speed import Layer, milliseconds
 
@@ -20,7 +20,7 @@ ROW_TILES = (
     Tile(64, 256, 64, 8, 4),
     Tile(64, 128, 64, 4, 4, blocks=2),
 )
-UP_TILES = (*ROW_TILES, *(Tile(128, 256, 64, 8, 3, group=group, specialised=True) for group in (8, 16, 32)))
+GATED_TILES = (*ROW_TILES, *(Tile(128, 256, 64, 8, 3, group=group, specialised=True) for group in (8, 16, 32)))
 WEIGHT_TILES = (
     Tile(128, 256, 64, 8, 3),
     Tile(128, 256, 64, 8, 3, flatten=True),
@@ -46,15 +46,16 @@ def best_tiles(shape: str) -> list[dict]:
     a, h = gated_up(x, gate_up, plan, K, "silu", True, ROW_TILES[0])
     rows = pack(x, plan, E, K, PAD, x.new_empty((M, layer.D)))
     plain = {"gather": False, "transposed": False}
-    ups = {
+    gated = {
         "up": lambda t: gated_up(x, gate_up, plans[t.rows], K, "silu", False, t),
         "up_saving": lambda t: gated_up(x, gate_up, plans[t.rows], K, "silu", True, t),
+        "da": lambda t: gated_gradient(rows, down, h, layer.weights, plans[t.rows], "silu", t),
     }
     stages = {
         "down": lambda t: plain_rows(a, down, plans[t.rows], K, t, **plain),
         "dx": lambda t: plain_rows(h, gate_up, plans[t.rows], K, t, gather=False, transposed=True),
     }
-    found = [row for stage, call in ups.items() for row in fastest(shape, stage, call, UP_TILES)]
+    found = [row for stage, call in gated.items() for row in fastest(shape, stage, call, GATED_TILES)]
     found += [row for stage, call in stages.items() for row in fastest(shape, stage, call, ROW_TILES)]
     found += fastest(shape, "dw", lambda t: weight_gradient(h, rows, plan, E, None, t), WEIGHT_TILES)
     few = (x[:1], index[:1], layer.weights[:1], gate_up, down, "silu", None)

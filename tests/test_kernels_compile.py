@@ -25,8 +25,9 @@ MODULES = sorted(path.stem for path in (ROOT / "modeling").glob("kernels_*.py"))
 SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # that one block can have
 # Bytes of stack. 64 rows of sums of 512 columns are all the registers that 8 warps have; sm_100 was never timed.
 # The seesaw's are addresses, stored before its loop: its warpgroups share the registers with the warp that fetches.
-SPILLS = {"_decode_kernel": 720, "_rows_kernel": 24, "_values_kernel": 16, "_wide_kernel": 8, "_seesaw_kernel": 200}
-ONLY = {"kernels_wide": "sm_90", "kernels_up": "sm_90"}  # whose kernels are for one target
+SPILLS = {"_decode_kernel": 720, "_rows_kernel": 24, "_values_kernel": 16, "_wide_kernel": 8}
+SPILLS |= {"_seesaw_kernel": 200, "_hidden_kernel": 8}
+ONLY = dict.fromkeys(("kernels_wide", "kernels_up", "kernels_hidden"), "sm_90")  # whose kernels are for one target
 PRODUCTS = ("_decode_kernel", "_rows_kernel", "_weight_gradient_kernel", "_swapped_up_kernel", "_swapped_down_kernel")
 
 
@@ -195,9 +196,9 @@ def compile_all(name: str):
     context.update(dtype="bfloat16", case="a wide row")
     experts(torch.bfloat16, 1, D=4096)
     if name == "sm_90":
-        up = modules["kernels_up"]
-        found_up = [up.fits, up.up_rows]
-        moe._hopper_up = lambda device: found_up
+        up, hidden = modules["kernels_up"], modules["kernels_hidden"]
+        kernels = {"up": (up.fits, up.up_rows), "hidden": (hidden.fits, hidden.hidden_gradient)}
+        moe._hopper = lambda device: kernels
         logging.basicConfig()
         moe.logger.setLevel("DEBUG")  # why something does not compile
         for dtype, D, F, act, train in (
@@ -205,9 +206,9 @@ def compile_all(name: str):
             (torch.float16, 144, 72, "gelu", True), (torch.bfloat16, 64, 64, "relu", False),
             (torch.bfloat16, 2880, 2880, "gelu_tanh", True),
         ):  # fmt: skip
-            context.update(dtype=str(dtype)[6:], case=f"up of {D} x {F}, {act}, train {train}")
+            context.update(dtype=str(dtype)[6:], case=f"in Gluon, {D} x {F}, {act}, train {train}")
             experts(dtype, 8192, D=D, F=F, train=train, activation=act)
-        assert found_up, "kernels_up.py does not compile: the log says why"
+        assert len(kernels) == 2, "a kernel in Gluon does not compile: the log says why"
     context.update(dtype="int64", case="256 experts")
     modules["kernels_plan"].make_plan(torch.zeros(8192, 8, dtype=torch.int64), 256, 128, kept=False)
 

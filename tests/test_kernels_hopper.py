@@ -1,0 +1,202 @@
+"""The experts' kernels in Gluon: when they are chosen, and, on a Hopper, that their bits are those of the kernels that
+they replace."""
+
+import importlib
+import sys
+
+import pytest
+import torch
+
+from lamoe import kernels_gemm, kernels_moe
+from lamoe.kernels_plan import make_plan, pack, unpack
+from lamoe.kernels_tiles import CDNA, FLOAT32, INTERPRETER, TABLE
+from tests.kernels import ACTIVATIONS, assert_right, make_case, poison
+
+GPU = torch.cuda.is_available()
+HOPPER = GPU and torch.version.hip is None and torch.cuda.get_device_capability()[0] == 9
+GLUON = "triton.experimental.gluon.language.nvidia.hopper"
+UP, DA = (TABLE[90].tiles[1][2]._asdict()[name] for name in ("up", "da"))  # of many rows, none wide
+
+
+def on_hopper(function):
+    return pytest.mark.gpu(pytest.mark.skipif(not HOPPER, reason="needs a Hopper")(function))
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Look for the kernels as on a GPU of some compute capability, with their modules imported anew."""
+    for name in ("kernels_up", "kernels_hidden"):
+        monkeypatch.delitem(sys.modules, f"lamoe.{name}", raising=False)
+
+    def load(major=9, device="cuda"):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+        return kernels_moe._hopper.__wrapped__(torch.device(device))
+
+    return load
+
+
+def test_they_are_for_hopper(load, monkeypatch):
+    assert load(8) == load(10) == load(12) == load(9, "cpu") == {}
+    # nothing of Gluon runs where it is of no use
+    assert not {"lamoe.kernels_up", "lamoe.kernels_hidden"} & set(sys.modules)
+    found = {name: function.__name__ for name, (_, function) in load().items()}
+    assert found == {"up": "up_rows", "hidden": "hidden_gradient"}
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert load() == {}
+
+
+@pytest.mark.parametrize("missing", ["triton.experimental.gluon", GLUON, "triton.experimental.gluon.nvidia.hopper"])
+@pytest.mark.parametrize(
+    "name, what", [("kernels_up", "up projection"), ("kernels_hidden", "gradient of hidden rows")]
+)
+def test_a_triton_without_gluon_for_hopper(load, monkeypatch, missing, name, what):
+    load()  # what a module imports before it looks for Gluon has been loaded
+    monkeypatch.delitem(sys.modules, f"lamoe.{name}")
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ImportError, match=f"The Hopper {what} needs a Triton with Gluon for Hopper: pip install"):
+        importlib.import_module(f"lamoe.{name}")
+    assert load() == {}
+
+
+def test_tiles_that_fit(load):
+    x = torch.empty(1, 136, dtype=torch.bfloat16)
+    for (fits, _), tile in zip(load().values(), (UP, DA), strict=True):
+        assert fits(x, tile) and fits(x.half(), tile)
+        assert not fits(x.float(), tile) and not fits(x, tile._replace(specialised=False))
+    (up_fits, _), (hidden_fits, _) = load().values()
+    assert up_fits(x[:, :128], UP) and not hidden_fits(x[:, :128], DA)  # fewer steps than stages
+    for row in (*TABLE.values(), CDNA, FLOAT32, INTERPRETER):
+        for _, _, tiles in row.tiles:
+            for tile in tiles:
+                assert not tile.specialised or (tile.rows, tile.columns, tile.depth) == (128, 256, 64)
+
+
+def test_a_kernel_that_does_not_compile_is_tried_once(monkeypatch):
+    """Gluon is experimental: its names and signatures may differ in another Triton."""
+    tries = []
+
+    def fail(*arguments):
+        tries.append(arguments)
+        raise TypeError("async_load() got an unexpected keyword argument")
+
+    found = {name: (lambda *arguments: True, fail) for name in ("up", "hidden")}
+    monkeypatch.setattr(kernels_moe, "_hopper", lambda device: found)
+    case = make_case(5, 16, 8, 3, 2, device="cuda" if GPU else "cpu")
+    for _ in range(2):
+        assert_right(case)
+    assert len(tries) == 2 and not found
+
+
+@pytest.mark.parametrize("name", ["up", "hidden"])
+def test_no_memory_is_not_a_kernel_that_does_not_compile(monkeypatch, name):
+    def fail(*arguments):
+        raise torch.OutOfMemoryError("out of memory")
+
+    found = {name: (lambda *arguments: True, fail)}
+    monkeypatch.setattr(kernels_moe, "_hopper", lambda device: found)
+    with pytest.raises(torch.OutOfMemoryError):
+        assert_right(make_case(5, 16, 8, 3, 2, device="cuda" if GPU else "cpu"))
+    assert found
+
+
+def routing(kind: str, N: int, E: int, K: int) -> torch.Tensor:
+    """Experts [N, K] on the GPU."""
+    index = torch.rand(N, E, device="cuda").topk(K, dim=-1).indices
+    if kind == "one expert":
+        index = torch.full_like(index, E - 2)
+    if kind == "sentinels":
+        index = torch.where(torch.rand(N, K, device="cuda") < 0.3, E, index)
+    if kind == "nobody":
+        index = torch.full_like(index, E)
+    return index.contiguous()
+
+
+@on_hopper
+@pytest.mark.parametrize("save", [False, True])
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize(
+    "N, D, F, E, K, kind, dtype",
+    [
+        (3000, 2048, 1408, 8, 6, "uniform", torch.bfloat16), (333, 144, 272, 5, 2, "uniform", torch.float16),
+        (200, 64, 72, 4, 1, "one expert", torch.bfloat16), (500, 192, 128, 6, 4, "sentinels", torch.bfloat16),
+        (64, 136, 128, 3, 2, "nobody", torch.bfloat16), (1, 256, 264, 2, 1, "uniform", torch.bfloat16),
+        (700, 128, 96, 60, 3, "uniform", torch.bfloat16),
+    ],
+)  # fmt: skip
+def test_gpu_up_gives_the_bits_of_the_kernel_that_it_replaces(N, D, F, E, K, kind, dtype, act, save, monkeypatch):
+    """With memory poisoned that nobody has written; ten times, since a race shows only now and then."""
+    from lamoe.kernels_up import up_rows
+
+    torch.manual_seed(0)
+    x, gate_up = (torch.randn(*shape, device="cuda", dtype=dtype) for shape in ((N, D), (E, 2 * F, D)))
+    plan = unpack(make_plan(routing(kind, N, E, K), E, UP.rows, kept=True), N * K, E)
+    real = int(plan.starts[E])
+    poison(monkeypatch)
+    expected = kernels_gemm.gated_rows(x, gate_up, plan, K, act, save, UP)
+    for _ in range(10):
+        got = up_rows(x, gate_up, plan, K, act, save, UP)
+        for mine, theirs in zip(got, expected, strict=True):
+            assert torch.equal(mine[:real].nan_to_num(), theirs[:real].nan_to_num())
+            assert len(mine) == len(theirs) and not mine[real:].isfinite().any()  # rows of nobody are not written
+
+
+@on_hopper
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize(
+    "N, D, F, E, K, kind, dtype",
+    [
+        (3000, 2048, 1408, 8, 6, "uniform", torch.bfloat16), (333, 144, 272, 5, 2, "uniform", torch.float16),
+        (200, 192, 72, 4, 1, "one expert", torch.bfloat16), (500, 256, 128, 6, 4, "sentinels", torch.bfloat16),
+        (64, 136, 128, 3, 2, "nobody", torch.bfloat16), (1, 256, 264, 2, 1, "uniform", torch.bfloat16),
+        (20000, 136, 520, 3, 2, "sentinels", torch.bfloat16), (9000, 200, 256, 60, 4, "uniform", torch.float16),
+    ],
+)  # fmt: skip
+def test_gpu_hidden_gives_the_bits_of_the_kernels_that_it_replaces(
+    N, D, F, E, K, kind, dtype, act, scaled, monkeypatch
+):
+    """As of the up projection; the router weights' gradient is summed in another order."""
+    from lamoe.kernels_hidden import hidden_gradient
+
+    torch.manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, device="cuda", dtype=dtype)  # noqa: E731
+    dy, down, h, weights = draw(N, D), draw(E, D, F) / F**0.5, draw(N * K, 2 * F), draw(N, K).float()
+    plan = unpack(make_plan(routing(kind, N, E, K), E, DA.rows, kept=True), N * K, E)
+    real = int(plan.starts[E])
+    poison(monkeypatch)
+    rows = pack(dy, plan, E, K, kernels_gemm.PAD, dy.new_empty((N * K, D)))
+    da = kernels_gemm.plain_rows(rows, down, plan, K, DA, gather=False, transposed=True)
+    expected_dh, expected_dw = kernels_gemm.act_gradient(da, h, weights, plan, E, act, scaled)
+    for _ in range(10):
+        a, dh, dw = hidden_gradient(rows, down, h, weights, plan, act, scaled, DA)
+        assert torch.equal(dh[:real], expected_dh[:real])
+        assert torch.equal(a, a.new_empty(0)) if not scaled else torch.equal(a[:real], da[:real])
+        assert not a[real:].isfinite().any()  # rows of nobody are not written
+        assert not dh[real : real + kernels_gemm.PAD].any()
+        assert not dh[real + kernels_gemm.PAD :].isfinite().any()
+        assert (dw - expected_dw).norm() <= 1e-6 * expected_dw.norm()
+        assert torch.equal(dw == 0, expected_dw == 0)
+
+
+@on_hopper
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gpu_experts_take_them(recompute, monkeypatch):
+    kernels = kernels_moe._hopper(torch.device("cuda", torch.cuda.current_device()))
+    taken = []
+
+    def counted(name):
+        fits, function = kernels[name]
+
+        def run(*arguments):
+            taken.append(name)
+            return function(*arguments)
+
+        return fits, run
+
+    monkeypatch.setattr(kernels_moe, "_hopper", lambda device: {name: counted(name) for name in kernels})
+    case = make_case(600, 256, 384, 4, 2, dtype=torch.bfloat16, device="cuda", shared=True)
+    assert_right(case, recompute=recompute)
+    assert taken == ["up", "up", "hidden"] if recompute else ["up", "hidden"]
+    taken.clear()
+    assert_right(case, ())
+    assert taken == ["up"]
