@@ -103,7 +103,7 @@ def _experts(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """out [N, D]; what `train` needs: the pre-activation [M, 2F] unless `recompute`, and the packed plan; else [0]."""
     N, K = top_k_index.shape
-    M, E = N * K, len(down)
+    M, E, D = N * K, len(down), x.shape[1]
     gate_up, down = _aligned(gate_up), _aligned(down)
     if not (train or batch_invariant):
         few = few_rows(x, M, E, *down.shape[1:])
@@ -111,7 +111,7 @@ def _experts(
             way = vector_experts if isinstance(few[0], VectorTile) else swapped_experts
             out = way(x, top_k_index, top_k_weights, gate_up, down, act, shared, *few)
             return out, x.new_empty(0), top_k_index.new_empty(0, dtype=torch.int32)
-    tiles = invariant_tiles(x) if batch_invariant else tiles_for(x, M, E)
+    tiles = invariant_tiles(x) if batch_invariant else tiles_for(x, M, E, D)
     packed = make_plan(top_k_index, E, tiles.up.rows, kept=train)
     plan = unpack(packed, M, E)
     save = train and not recompute
@@ -140,7 +140,7 @@ def _experts_backward(
     N, K = top_k_weights.shape
     M, E, D = N * K, len(down), x.shape[1]
     gate_up, down = _aligned(gate_up), _aligned(down)
-    tiles = invariant_tiles(x) if batch_invariant else tiles_for(x, M, E)
+    tiles = invariant_tiles(x) if batch_invariant else tiles_for(x, M, E, D)
     plan = unpack(packed, M, E)
     if not len(h):
         h = gated_up(x, gate_up, plan, K, act, True, tiles.up_saving)[1]
