@@ -60,8 +60,8 @@ _MANY = Tiles(
 _MANY_WIDE = _MANY._replace(  # specialised warps cost 5 % of a forward of V3's width, and gain nothing at Mixtral's
     up=Tile(128, 256, 64, 8, 3, group=32), up_saving=Tile(128, 256, 64, 8, 3, group=32, flatten=True)
 )
-# of 64 rows an expert half have more than one tile of 64 (Mixtral's 256 tokens: 749 us, not 726)
-_SOME_WIDE = _MANY_WIDE._replace(up=Tile(128, 256, 64, 8, 4, group=32))
+# at 64 rows an expert half of them have more than one tile of 64 (Mixtral's 256 tokens: 750 us, not 732)
+_SOME_WIDE = _MANY_WIDE._replace(up=Tile(128, 256, 64, 8, 4, group=32), down=Tile(128, 256, 64, 8, 3, group=32))
 _SOME = Tiles(
     up=Tile(64, 256, 64, 4, 4, group=32),
     up_saving=Tile(64, 128, 64, 4, 4, blocks=2),
