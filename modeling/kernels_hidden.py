@@ -3,7 +3,7 @@ kernel. The same products and formulas as kernels_gemm's two, so the same bits o
 dA never leaves the multiprocessor, and the reads and writes of the activation's gradient lie under products.
 
 Letters as in kernels_gemm.py: M routed rows, E experts, X inner width, F expert width. Of three warpgroups two
-multiply, 64 rows each of a tile of 128 x 256, and the first of them also copies what both read, as many steps ahead as
+multiply, 64 rows each of a tile of 128 x 256, and the first of them also copies what both read, a step less ahead than
 there are stages. They leave dA in shared memory, from where the third takes it while they are at the next tile.
 """
 
@@ -256,7 +256,7 @@ def _finish_kernel(
 
 def fits(x: Tensor, tile: Tile) -> bool:
     """Whether the kernel may take the place of such a tile of rows [M, X]; that the device is a Hopper, callers have
-    seen. A tile must have as many steps as there are stages."""
+    seen. A tile must have at least as many steps as there are stages."""
     return tile.specialised and x.dtype in (torch.bfloat16, torch.float16) and x.shape[1] > (STAGES - 1) * DEPTH
 
 

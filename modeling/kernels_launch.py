@@ -49,6 +49,11 @@ def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a launch failed for want of memory: PyTorch's, or Triton's, which loads kernels by itself."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+
+
 @functools.cache
 def _supported(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9

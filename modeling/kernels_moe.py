@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .kernels_decode import VectorTile, swapped_experts, vector_experts
 from .kernels_gemm import PAD, Tile, act_gradient, gated_rows, plain_rows, weight_gradient
-from .kernels_launch import is_hopper
+from .kernels_launch import is_hopper, is_out_of_memory
 from .kernels_plan import Plan, combine, expert_sums, make_plan, pack, plan_size, spread, unpack
 from .kernels_tiles import few_rows, invariant_tiles, tiles_for
 
@@ -62,15 +62,16 @@ def _hopper(device: torch.device) -> dict[str, tuple[Callable, Callable]]:
 def _specialised(name: str, tile: Tile, x: Tensor, *rest) -> tuple[Tensor, ...] | None:
     """What the kernel of that name makes of x and the rest; None where it does not run."""
     kernels = _hopper(x.device)
-    if name not in kernels or not kernels[name][0](x, tile):
+    fits, run = kernels.get(name, (None, None))
+    if fits is None or not fits(x, tile):
         return None
     try:
-        return kernels[name][1](x, *rest, tile)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # the compiler's, that is; whatever else fails, the next launch meets it, too
+        return run(x, *rest, tile)
+    except Exception as error:  # the compiler's, that is; whatever else fails, the next launch meets it, too
+        if is_out_of_memory(error):
+            raise
         logger.debug("The kernel %r in Gluon does not compile with this Triton; it does without.", name, exc_info=True)
-        del kernels[name]
+        kernels.pop(name, None)
         return None
 
 
@@ -136,7 +137,10 @@ def _experts_backward(
     gate_up_into: Tensor | None, down_into: Tensor | None, act: str, batch_invariant: bool,
     need_x: bool, need_gate_up: bool, need_down: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x [N, D], top_k_weights [N, K], gate_up and down; [0] for what is not needed or was accumulated."""
+    """Gradients of x [N, D], top_k_weights [N, K], gate_up and down; [0] for what is not needed or was accumulated.
+
+    That of top_k_weights may be summed in another order if that of `down` is not needed.
+    """
     N, K = top_k_weights.shape
     M, E, D = N * K, len(down), x.shape[1]
     gate_up, down = _aligned(gate_up), _aligned(down)

@@ -360,6 +360,18 @@ def test_a_kernel_that_does_not_compile_is_tried_once(asked):
     assert asked == ["_decode_kernel"] * 2 and len(tries) == 1
 
 
+def test_no_memory_is_not_a_kernel_that_does_not_compile(asked):
+    found = kernels._wide(None)
+
+    def fail(*arguments):
+        raise RuntimeError("Triton Error [CUDA]: out of memory")
+
+    found[1] = fail
+    with pytest.raises(RuntimeError, match="out of memory"):
+        launch()
+    assert asked == [] and found
+
+
 @pytest.fixture
 def load(monkeypatch):
     """Look for the wide kernel as on a GPU of some compute capability, with its module imported anew."""

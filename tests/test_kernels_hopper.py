@@ -2,6 +2,7 @@
 they replace."""
 
 import importlib
+import re
 import sys
 
 import pytest
@@ -88,13 +89,18 @@ def test_a_kernel_that_does_not_compile_is_tried_once(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["up", "hidden"])
-def test_no_memory_is_not_a_kernel_that_does_not_compile(monkeypatch, name):
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA"), RuntimeError("Triton Error [CUDA]: out of memory")],
+    ids=["torch", "triton"],
+)
+def test_no_memory_is_not_a_kernel_that_does_not_compile(monkeypatch, name, error):
     def fail(*arguments):
-        raise torch.OutOfMemoryError("out of memory")
+        raise error
 
     found = {name: (lambda *arguments: True, fail)}
     monkeypatch.setattr(kernels_moe, "_hopper", lambda device: found)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(type(error), match=re.escape(str(error))):
         assert_right(make_case(5, 16, 8, 3, 2, device="cuda" if GPU else "cpu"))
     assert found
 
