@@ -93,11 +93,13 @@ def packed(tokenizer, texts: Iterable[str], sequence_length: int) -> Iterator[di
             document = [start, *found] + ([] if end is None else [end])
             ids += document
             places += range(len(document))
-            while len(ids) >= sequence_length:
-                row, place = torch.tensor(ids[:sequence_length]), torch.tensor(places[:sequence_length])
-                ids, places = ids[sequence_length:], places[sequence_length:]
+            whole = len(ids) - len(ids) % sequence_length
+            for first in range(0, whole, sequence_length):
+                part = slice(first, first + sequence_length)
+                row, place = torch.tensor(ids[part]), torch.tensor(places[part])
                 begun = (place != torch.arange(sequence_length) + place[0]).cumsum(0) > 0  # after the first border
                 yield {"input_ids": row, "position_ids": torch.where(begun, place, place - place[0])}
+            ids, places = ids[whole:], places[whole:]  # once a document, or a long one would be copied again and again
 
 
 def labelled(sequence: dict[str, Tensor]) -> dict[str, Tensor]:
