@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .float8 import FLOAT8, scales_of
 from .kernels_gemm import dot_precision, multiprocessors, row_of
-from .kernels_launch import await_kernels, await_kernels_alone, is_hopper, is_out_of_memory, overlapping
+from .kernels_launch import await_kernels, await_kernels_alone, is_hopper, optional_kernel, overlapping
 
 try:  # inside `try`, or the Hub loader refuses the whole model where Triton is missing
     import triton
@@ -428,14 +428,9 @@ def split_decode(
     with torch.cuda.device_of(q):
         if wide and wide[0](c0.dtype, C, RH, page):
             scale = scaling * _LOG2E
-            try:
+            with optional_kernel("wide", wide.clear, logger):
                 wide[1](q, r, halves, slots, table, lengths, seen, to, masses, scale, splits, rows_b, page, size)
                 return to, masses, lse, splits
-            except Exception as error:  # the compiler's, that is; whatever else fails, the next launch meets it, too
-                if is_out_of_memory(error):
-                    raise
-                logger.debug("kernels_wide.py does not compile with this Triton; _decode_kernel runs.", exc_info=True)
-                wide.clear()
         copied = one_grid and RH in (0, RP) and page % tile.keys == 0
         boxes = [_ragged(half, slots, tile.keys) if copied else None for half in halves]
         _decode_kernel[(triton.cdiv(H * T, tile.rows), splits, B)](

@@ -270,14 +270,18 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
+def new_hidden(x_ND: Tensor, plan: Plan, F: int, save: bool) -> tuple[Tensor, Tensor]:
+    """Room for what `gated_rows` returns."""
+    M = plan.order.shape[0]
+    return x_ND.new_empty((M, F)), x_ND.new_empty((M, 2 * F) if save else (0,))
+
+
 def gated_rows(
     x_ND: Tensor, gate_up_EFD: Tensor, plan: Plan, K: int, act: str, save: bool, tile: Tile
 ) -> tuple[Tensor, Tensor]:
     """act(gate) * up of each row [M, F] and, if `save`, the pre-activation (gate, up) [M, 2F], else [0]."""
-    E, F = gate_up_EFD.shape[0], gate_up_EFD.shape[1] // 2
-    M, D = plan.order.shape[0], x_ND.shape[1]
-    a = x_ND.new_empty((M, F))
-    h = x_ND.new_empty((M, 2 * F) if save else (0,))
+    E, F, D = gate_up_EFD.shape[0], gate_up_EFD.shape[1] // 2, x_ND.shape[1]
+    a, h = new_hidden(x_ND, plan, F, save)
     weight = TensorDescriptor.from_tensor(gate_up_EFD.view(2 * E, F, D), [2, tile.columns // 2, tile.depth])
     _launch_rows(x_ND, x_ND, weight, a, tile.columns // 2, plan, K, tile, gather=True, act=act, h=h if save else None)
     return a, h

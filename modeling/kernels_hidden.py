@@ -13,7 +13,8 @@ from torch import Tensor
 from .kernels_gemm import PAD, Tile, activation_and_slope, halves, multiprocessors
 from .kernels_plan import Plan
 from .kernels_up import after, barrier, before, row_tile
-from .kernels_wide import begin_copy
+from .kernels_up import fits as up_fits
+from .kernels_wide import begin_copy, reinterpreted
 
 try:  # inside `try`, or the Hub loader refuses the whole model where Triton is missing
     import triton
@@ -32,7 +33,6 @@ except ImportError as error:
         "The Hopper gradient of hidden rows needs a Triton with Gluon for Hopper: pip install 'triton>=3.6'."
     ) from error
 
-_REINTERPRETS = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 COLUMNS, DEPTH, STAGES = 256, 64, 3
 BLOCK, PIECES = 16, gl.constexpr(4)  # rows of dA that the third warpgroup takes at a time, in pieces of 64 columns
 
@@ -100,10 +100,10 @@ def _multiply(a_desc, w_desc, a_s, w_s, da_s, full, free, ready, drained, starts
         left, right = halves(acc.to(da_s.dtype))
         piece0, piece1 = halves(left)
         piece2, piece3 = halves(right)
-        da_s.index(4 * me).store(piece0)
-        da_s.index(4 * me + 1).store(piece1)
-        da_s.index(4 * me + 2).store(piece2)
-        da_s.index(4 * me + 3).store(piece3)
+        da_s.index(PIECES * me).store(piece0)
+        da_s.index(PIECES * me + 1).store(piece1)
+        da_s.index(PIECES * me + 2).store(piece2)
+        da_s.index(PIECES * me + 3).store(piece3)
         barrier()  # one thread announces for all
         mbarrier.arrive(ready.index(me), count=1)
         across = next_across
@@ -136,7 +136,7 @@ def _row_weights(order_ptr, weights_ptr, r, end):
 @gluon.jit
 def _differentiate(da_s, ready, drained, h_ptr, weights_ptr, order_ptr, dh_ptr, a_ptr, parts_ptr, starts_ptr,
                    tile_expert_ptr, tile_row_ptr, count, F: gl.constexpr, ACROSS: gl.constexpr, GROUP: gl.constexpr,
-                   ACT: gl.constexpr, SCALED: gl.constexpr):  # fmt: skip
+                   ACT: gl.constexpr):  # fmt: skip
     """The warpgroup that makes dh of each tile of dA, a block of rows at a time, with what was saved of the next block
     already on its way."""
     BLOCK: gl.constexpr = da_s.shape[1]
@@ -178,9 +178,8 @@ def _differentiate(da_s, ready, drained, h_ptr, weights_ptr, order_ptr, dh_ptr, 
                 at = dh_ptr + (2 * r.to(gl.int64))[:, None] * F + (columns + piece * WIDTH)[None, :]
                 gl.store(at, (da * up * slope).to(dtype), mask=mask)
                 gl.store(at + F, (da * y).to(dtype), mask=mask)
-                if SCALED:
-                    at = a_ptr + r.to(gl.int64)[:, None] * F + (columns + piece * WIDTH)[None, :]
-                    gl.store(at, (weight * y * up).to(dtype), mask=mask)
+                at = a_ptr + r.to(gl.int64)[:, None] * F + (columns + piece * WIDTH)[None, :]
+                gl.store(at, (weight * y * up).to(dtype), mask=mask)
             if block % BLOCKS == BLOCKS - 1:
                 barrier()  # all have read
                 mbarrier.arrive(drained.index(me), count=1)
@@ -193,21 +192,18 @@ def _differentiate(da_s, ready, drained, h_ptr, weights_ptr, order_ptr, dh_ptr, 
 @gluon.jit
 def _hidden_kernel(
     a_desc, w_desc, h_ptr, weights_ptr, dh_ptr, a_ptr, parts_ptr, order_ptr, starts_ptr, tile_expert_ptr, tile_row_ptr,
-    tiles_ptr, X: gl.constexpr, F: gl.constexpr, ACT: gl.constexpr, SCALED: gl.constexpr, COLUMNS: gl.constexpr,
+    tiles_ptr, X: gl.constexpr, F: gl.constexpr, ACT: gl.constexpr, COLUMNS: gl.constexpr,
     DEPTH: gl.constexpr, BLOCK: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """dA[r] = a[r] W[expert of r], of a [M, X] and W [E, X, F], and from it dh [M, 2, F], parts [M, ACROSS] of each
-    row's <dA, A> by column tile, at the row's flat index, and if SCALED w * act(gate) * up [M, F]; persistent."""
+    row's <dA, A> by column tile, at the row's flat index, and w * act(gate) * up [M, F]; persistent."""
     dtype: gl.constexpr = dh_ptr.dtype.element_ty
     ACROSS: gl.constexpr = (F + COLUMNS - 1) // COLUMNS
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     a_s = gl.allocate_shared_memory(dtype, [2 * STAGES, 64, DEPTH], layout)
     w_s = gl.allocate_shared_memory(dtype, [STAGES, DEPTH, COLUMNS], layout)
     da_s = gl.allocate_shared_memory(dtype, [2 * PIECES, 64, COLUMNS // PIECES], layout)
-    if _REINTERPRETS:
-        blocks = da_s.reinterpret(dtype, [2 * PIECES * 64 // BLOCK, BLOCK, COLUMNS // PIECES], layout)
-    else:
-        blocks = da_s._reinterpret(dtype, [2 * PIECES * 64 // BLOCK, BLOCK, COLUMNS // PIECES], layout)
+    blocks = reinterpreted(da_s, [2 * PIECES * 64 // BLOCK, BLOCK, COLUMNS // PIECES], layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())  # by warpgroup
@@ -227,7 +223,7 @@ def _hidden_kernel(
             (_multiply, (a_desc, w_desc, a_s, w_s, da_s, full, free, ready, drained, starts_ptr, tile_expert_ptr,
                          tile_row_ptr, count, 1, X, ACROSS, GROUP, STAGES)),
             (_differentiate, (blocks, ready, drained, h_ptr, weights_ptr, order_ptr, dh_ptr, a_ptr, parts_ptr,
-                              starts_ptr, tile_expert_ptr, tile_row_ptr, count, F, ACROSS, GROUP, ACT, SCALED)),
+                              starts_ptr, tile_expert_ptr, tile_row_ptr, count, F, ACROSS, GROUP, ACT)),
         ],
         [4, 4],
         [168, 168],
@@ -257,17 +253,17 @@ def _finish_kernel(
 def fits(x: Tensor, tile: Tile) -> bool:
     """Whether the kernel may take the place of such a tile of rows [M, X]; that the device is a Hopper, callers have
     seen. A tile must have at least as many steps as there are stages."""
-    return tile.specialised and x.dtype in (torch.bfloat16, torch.float16) and x.shape[1] > (STAGES - 1) * DEPTH
+    return up_fits(x, tile) and x.shape[1] > (STAGES - 1) * DEPTH
 
 
 def hidden_gradient(
-    dy_MD: Tensor, down_EDF: Tensor, h: Tensor, top_k_weights: Tensor, plan: Plan, act: str, scaled: bool, tile: Tile
+    dy_MD: Tensor, down_EDF: Tensor, h: Tensor, top_k_weights: Tensor, plan: Plan, act: str, tile: Tile
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As kernels_gemm.plain_rows of packed rows [M, D] and act_gradient of its result, with a tile of 128 x 256 that
-    `fits`: w * act(gate) * up [M, F] if `scaled`, else [0]; dh [M, 2F]; and the router weights' gradient [N, K], whose
-    sums are cut otherwise."""
+    `fits`: w * act(gate) * up [M, F], dh [M, 2F], and the router weights' gradient [N, K], whose sums are cut
+    otherwise."""
     (M, D), (E, _, F) = dy_MD.shape, down_EDF.shape
-    a = dy_MD.new_empty((M, F) if scaled else (0,))
+    a = dy_MD.new_empty((M, F))
     dh, dw = torch.empty_like(h), torch.empty_like(top_k_weights)
     if not M:
         return a, dh, dw
@@ -276,8 +272,8 @@ def hidden_gradient(
     _hidden_kernel[(multiprocessors(dy_MD),)](
         TensorDescriptor.from_tensor(dy_MD, [64, DEPTH], gl.NVMMASharedLayout(128, 16, 2)),
         TensorDescriptor.from_tensor(down_EDF, [1, DEPTH, COLUMNS], gl.NVMMASharedLayout(128, 16, 3)),
-        h, top_k_weights, dh, a if scaled else dh, parts, plan.order, plan.starts, plan.tile_expert, plan.tile_row,
-        plan.tiles, X=D, F=F, ACT=act, SCALED=scaled, COLUMNS=COLUMNS, DEPTH=DEPTH, BLOCK=BLOCK, GROUP=tile.group,
+        h, top_k_weights, dh, a, parts, plan.order, plan.starts, plan.tile_expert, plan.tile_row,
+        plan.tiles, X=D, F=F, ACT=act, COLUMNS=COLUMNS, DEPTH=DEPTH, BLOCK=BLOCK, GROUP=tile.group,
         STAGES=STAGES, num_warps=4,
     )  # fmt: skip
     _finish_kernel[(max(triton.cdiv(M, 256), PAD),)](

@@ -9,7 +9,10 @@ A kernel that fills nearly all multiprocessors for long keeps the next one back,
 that start early go where there is room, that is all to the few multiprocessors that it leaves idle, and stay there.
 """
 
+import contextlib
 import functools
+import logging
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -49,9 +52,19 @@ def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether a launch failed for want of memory: PyTorch's, or Triton's, which loads kernels by itself."""
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+@contextlib.contextmanager
+def optional_kernel(name: str, give_up: Callable[[], object], logger: logging.Logger) -> Iterator[None]:
+    """Launch a kernel in Gluon, which is experimental: what its compiler raises is logged, and `give_up` called.
+
+    Want of memory is raised on: PyTorch's, or Triton's, which loads kernels by itself.
+    """
+    try:
+        yield
+    except Exception as error:  # the compiler's, that is; whatever else fails, the next launch meets it, too
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+            raise
+        logger.debug("The kernel %r in Gluon does not compile with this Triton; it does without.", name, exc_info=True)
+        give_up()
 
 
 @functools.cache

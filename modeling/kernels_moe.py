@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .kernels_decode import VectorTile, swapped_experts, vector_experts
 from .kernels_gemm import PAD, Tile, act_gradient, gated_rows, plain_rows, weight_gradient
-from .kernels_launch import is_hopper, is_out_of_memory
+from .kernels_launch import is_hopper, optional_kernel
 from .kernels_plan import Plan, combine, expert_sums, make_plan, pack, plan_size, spread, unpack
 from .kernels_tiles import few_rows, invariant_tiles, tiles_for
 
@@ -65,14 +65,9 @@ def _specialised(name: str, tile: Tile, x: Tensor, *rest) -> tuple[Tensor, ...] 
     fits, run = kernels.get(name, (None, None))
     if fits is None or not fits(x, tile):
         return None
-    try:
+    with optional_kernel(name, lambda: kernels.pop(name, None), logger):
         return run(x, *rest, tile)
-    except Exception as error:  # the compiler's, that is; whatever else fails, the next launch meets it, too
-        if is_out_of_memory(error):
-            raise
-        logger.debug("The kernel %r in Gluon does not compile with this Triton; it does without.", name, exc_info=True)
-        kernels.pop(name, None)
-        return None
+    return None
 
 
 def gated_up(
@@ -90,7 +85,7 @@ def gated_gradient(
 
     By whichever kernels are the faster.
     """
-    quick = _specialised("hidden", tile, rows, down, h, top_k_weights, plan, act, True)
+    quick = _specialised("hidden", tile, rows, down, h, top_k_weights, plan, act)
     if quick is not None:
         return quick
     da = plain_rows(rows, down, plan, top_k_weights.shape[1], tile, gather=False, transposed=True)

@@ -9,7 +9,7 @@ DEPTH columns of X: two boxes of 64 gathered rows, and COLUMNS rows of weights, 
 import torch
 from torch import Tensor
 
-from .kernels_gemm import Tile, activation_and_slope, halves, multiprocessors
+from .kernels_gemm import Tile, activation_and_slope, halves, multiprocessors, new_hidden
 from .kernels_plan import Plan
 from .kernels_wide import LARGE, begin_copy, begin_reading, ragged
 
@@ -225,11 +225,9 @@ def up_rows(
     x_ND: Tensor, gate_up_EFD: Tensor, plan: Plan, K: int, act: str, save: bool, tile: Tile
 ) -> tuple[Tensor, Tensor]:
     """As kernels_gemm.gated_rows, bit for bit, with a tile of 128 x 256 that `fits`."""
-    E, F = gate_up_EFD.shape[0], gate_up_EFD.shape[1] // 2
-    M, D = plan.order.shape[0], x_ND.shape[1]
-    a = x_ND.new_empty((M, F))
-    h = x_ND.new_empty((M, 2 * F) if save else (0,))
-    if not M:
+    E, F, D = gate_up_EFD.shape[0], gate_up_EFD.shape[1] // 2, x_ND.shape[1]
+    a, h = new_hidden(x_ND, plan, F, save)
+    if not len(a):
         return a, h
     layout, width = gl.NVMMASharedLayout(128, 16, 3), COLUMNS // 4
     weight = TensorDescriptor.from_tensor(gate_up_EFD.view(2 * E, F, D), [2, COLUMNS // 2, DEPTH], layout)

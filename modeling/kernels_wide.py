@@ -44,6 +44,15 @@ LARGE, _LARGER = gl.constexpr(2**30), 0x7FFF0000
 
 
 @gluon.jit
+def reinterpreted(place, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
+    """The same shared memory in another shape."""
+    if _REINTERPRETS:
+        return place.reinterpret(place.dtype, SHAPE, LAYOUT)
+    else:
+        return place._reinterpret(place.dtype, SHAPE, LAYOUT)
+
+
+@gluon.jit
 def _share(lengths_ptr, b, s, splits, SIZE: gl.constexpr, STEP: gl.constexpr):
     """Keys of the sequence; the first key of split s, and the key behind its last. Shares are whole steps."""
     length = gl.load(lengths_ptr + b).to(gl.int32)
@@ -461,10 +470,8 @@ def _seesaw_kernel(
         of_weights: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
         if parts * RH != KEYS:
             weights = gl.allocate_shared_memory(dtype, [2, ROWS, KEYS], of_weights)
-        elif _REINTERPRETS:
-            weights = k.reinterpret(dtype, [2, ROWS, KEYS], of_weights)
         else:
-            weights = k._reinterpret(dtype, [2, ROWS, KEYS], of_weights)
+            weights = reinterpreted(k, [2, ROWS, KEYS], of_weights)
         of_row: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
         tops = gl.allocate_shared_memory(gl.float32, [2, ROWS], of_row)
         masses = gl.allocate_shared_memory(gl.float32, [2, ROWS], of_row)

@@ -18,8 +18,8 @@ def markdown_tables(folder: Path) -> dict[str, str]:
     """Every table in Markdown, by the name of its suite; suites without rows have none."""
     makers = {
         "decode": _decode, "mla": _mla, "attention": _attention, "prefill": _prefill, "mtp": _mtp,
-        "batching": _batching, "cache": _cache,
-        "moe": _moe, "moe-sonic": _moe_sonic, "moe-decode": _moe_decode, "step": _step, "train": _train,
+        "batching": _batching, "cache": _cache, "moe": _moe, "moe-sonic": _moe_sonic, "moe-decode": _moe_decode,
+        "step": _step, "train": _train,
     }  # fmt: skip
     suites = read_rows(folder)
     return {suite: "\n".join(make(suites[suite])) for suite, make in makers.items() if suite in suites}

@@ -25,8 +25,10 @@ MODULES = sorted(path.stem for path in (ROOT / "modeling").glob("kernels_*.py"))
 SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # that one block can have
 # Bytes of stack. 64 rows of sums of 512 columns are all the registers that 8 warps have; sm_100 was never timed.
 # The seesaw's are addresses, stored before its loop: its warpgroups share the registers with the warp that fetches.
-SPILLS = {"_decode_kernel": 720, "_rows_kernel": 24, "_values_kernel": 16, "_wide_kernel": 8}
-SPILLS |= {"_seesaw_kernel": 200, "_hidden_kernel": 8}
+SPILLS = {
+    "_decode_kernel": 720, "_rows_kernel": 24, "_values_kernel": 16, "_wide_kernel": 8, "_seesaw_kernel": 200,
+    "_hidden_kernel": 8,
+}  # fmt: skip
 ONLY = dict.fromkeys(("kernels_wide", "kernels_up", "kernels_hidden"), "sm_90")  # whose kernels are for one target
 PRODUCTS = ("_decode_kernel", "_rows_kernel", "_weight_gradient_kernel", "_swapped_up_kernel", "_swapped_down_kernel")
 
@@ -204,6 +206,7 @@ def compile_all(name: str):
         for dtype, D, F, act, train in (
             (torch.bfloat16, 2048, 1408, "silu", True), (torch.bfloat16, 2048, 1408, "silu", False),
             (torch.float16, 144, 72, "gelu", True), (torch.bfloat16, 64, 64, "relu", False),
+            (torch.bfloat16, 2880, 2880, "gelu_tanh", True),
         ):  # fmt: skip
             context.update(dtype=str(dtype)[6:], case=f"in Gluon, {D} x {F}, {act}, train {train}")
             experts(dtype, 8192, D=D, F=F, train=train, activation=act)
@@ -278,17 +281,17 @@ def compile_all(name: str):
         every = dtype == torch.bfloat16 or name == "sm_80"  # float32's tiles are the same everywhere
         decode(dtype, 16, 8)
         for heads, B, more in ((128, 8, {}), (16, 200, {"seen": True}), (16, 8, {"page": 1})) if every else ():
-            if heads == 16 or dtype == torch.bfloat16:  # float32 has one tile for any number of heads
-                decode(dtype, heads, B, **more)
+            decode(dtype, heads, B, **more)
         few_tokens(dtype, every)
     decode(torch.bfloat16, 20, 8)
+    decode(torch.bfloat16, 24, 200)
     decode(torch.bfloat16, 16, 8, page=64)
     decode(torch.bfloat16, 64, 8, page=64)
     for heads, float8 in ((16, False), (64, False), (64, True)) if name == "sm_90" else ((64, False),):
         decode(torch.bfloat16, heads, 8, R=128, float8=float8)
     decode(torch.bfloat16, 16, 64, page=256)
     decode(torch.bfloat16, 16, 1, T=8, C=128, R=0)
-    for heads, B in ((16, 8), (16, 200), (20, 8), (128, 8)):
+    for heads, B in ((16, 8), (16, 200), (20, 8), (24, 200), (128, 8)):
         decode(torch.bfloat16, heads, B, float8=True)
     few_tokens(torch.bfloat16, True, float8=True)
     if name == "sm_90":
