@@ -131,14 +131,21 @@ def _vector_down_kernel(
 
 @triton.jit
 def _swapped_up_kernel(
-    x_ptr, w_desc, a_ptr, order_ptr, starts_ptr, tile_expert_ptr, tile_row_ptr, tiles_ptr,
+    x_ptr, w_desc, a_ptr, done_ptr, order_ptr, starts_ptr, tile_expert_ptr, tile_row_ptr, tiles_ptr,
     D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr,
-    TOKENS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
+    TOKENS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """a.T = act(Wgate x.T) * (Wup x.T) for ROWS rows of both weights and the rows of one tile of TOKENS."""
+    """a.T = act(Wgate x.T) * (Wup x.T) for ROWS rows of both weights and the rows of one tile of TOKENS.
+
+    The first program also clears done [COLUMNS], which the next kernel counts with.
+    """
     ACROSS: tl.constexpr = (F + ROWS - 1) // ROWS
     tile = tl.program_id(0) // ACROSS
     f = tl.program_id(0) % ACROSS * ROWS
+    if tl.program_id(0) == 0:
+        for first in tl.static_range(0, COLUMNS, 128):
+            c = first + tl.arange(0, 128)
+            tl.store(done_ptr + c, tl.zeros((128,), tl.int32), mask=c < COLUMNS)
     if tile < tl.load(tiles_ptr):
         e, row, end = tile_of(tile, tile_expert_ptr, tile_row_ptr, starts_ptr)
         rows = row + tl.arange(0, TOKENS)
@@ -239,13 +246,13 @@ def swapped_experts(
     most = most_tiles(M, E, up_tile.tokens)
     across = triton.cdiv(D, down_tile.rows)
     a, y, out = x.new_empty((M, F)), x.new_empty((M, D)), torch.empty_like(x)
-    done = torch.zeros(across, dtype=torch.int32, device=x.device)
+    done = plan.starts.new_empty(across)
     tiles = (plan.starts, plan.tile_expert, plan.tile_row, plan.tiles)
     precision = dot_precision(x.dtype)
     _swapped_up_kernel[(most * triton.cdiv(F, up_tile.rows),)](
-        x, TensorDescriptor.from_tensor(gate_up.view(-1, D), [up_tile.rows, up_tile.depth]), a, plan.order, *tiles,
-        D=D, F=F, K=K, ACT=act, PRECISION=precision, ROWS=up_tile.rows, TOKENS=up_tile.tokens, DEPTH=up_tile.depth,
-        STAGES=up_tile.stages, num_warps=up_tile.warps,
+        x, TensorDescriptor.from_tensor(gate_up.view(-1, D), [up_tile.rows, up_tile.depth]), a, done, plan.order,
+        *tiles, D=D, F=F, K=K, ACT=act, PRECISION=precision, ROWS=up_tile.rows, TOKENS=up_tile.tokens,
+        DEPTH=up_tile.depth, STAGES=up_tile.stages, COLUMNS=across, num_warps=up_tile.warps,
     )  # fmt: skip
     _swapped_down_kernel[(most * across,)](
         a, TensorDescriptor.from_tensor(down.view(-1, F), [down_tile.rows, down_tile.depth]), y,

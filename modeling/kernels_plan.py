@@ -18,8 +18,8 @@ except ImportError as error:
     ) from error
 
 SMALLEST_TILE = 16
-_IDS = 128  # ids that a program places at a time
-_FEW_IDS = 512  # that many are placed in one launch
+_IDS = 256  # ids that a program counts and places
+_FEW_IDS, _FEW_AT_ONCE = 4096, 32  # so many are placed in one launch, by programs of so many
 
 
 class Plan(NamedTuple):
@@ -67,21 +67,75 @@ def tile_of(tile, tile_expert_ptr, tile_row_ptr, starts_ptr):
 
 
 @triton.jit
-def _histogram(ids_ptr, start, end, E, IDS: tl.constexpr, EP: tl.constexpr):
-    """How many of ids [start, end) each expert has. What lies outside [0, E), ids or lanes, counts for E."""
-    counts = tl.zeros((EP,), tl.int32)
-    for first in tl.range(start, end, IDS):
-        i = first + tl.arange(0, IDS)
-        ids = tl.load(ids_ptr + i, mask=i < end, other=E)
-        counts += tl.histogram(tl.where((ids >= 0) & (ids < E), ids, E).to(tl.int32), EP)
-    return counts
+def _read(ids_ptr, i, end, E):
+    """Ids i as int32; E for what lies outside [0, E), ids or places."""
+    ids = tl.load(ids_ptr + i, mask=i < end, other=E)
+    return tl.where((ids >= 0) & (ids < E), ids, E).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["M", "SPLIT"])
-def _count_kernel(ids_ptr, counts_ptr, M, E, SPLIT, IDS: tl.constexpr, EP: tl.constexpr):
-    """counts[s, e]: rows of expert e among ids [s * SPLIT, (s + 1) * SPLIT); nobody reads that of E and above."""
+@triton.jit
+def _store_tiles(
+    totals, group, starts_ptr, tile_expert_ptr, tile_row_ptr, E, TILE, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Starts and tiles of the GROUP experts of one group; totals: the rows of every expert, zeros behind the last."""
+    experts = group * GROUP + tl.arange(0, GROUP)
+    every = tl.arange(0, totals.shape[0])
+    each = (totals + TILE - 1) // TILE
+    lower = every[None, :] < experts[:, None]
+    same = every[None, :] == experts[:, None]
+    start = tl.sum(tl.where(lower, totals[None, :], 0), axis=1)
+    tile = tl.sum(tl.where(lower, each[None, :], 0), axis=1)
+    tiles = tl.sum(tl.where(same, each[None, :], 0), axis=1)
+    tl.store(starts_ptr + experts, start, mask=experts < E)
+    if group == 0:
+        tl.store(starts_ptr + E, tl.sum(totals))
+        tl.store(starts_ptr + E + 1, tl.sum(each))
+    for j in tl.range(0, tl.max(tiles)):
+        tl.store(tile_expert_ptr + tile + j, experts, mask=j < tiles)
+        tl.store(tile_row_ptr + tile + j, start + j * TILE, mask=j < tiles)
+
+
+@triton.jit
+def _store_places(order_ptr, positions_ptr, i, ids, row, end, E):
+    real = (i < end) & (ids < E)
+    tl.store(order_ptr + row, i, mask=real)
+    tl.store(positions_ptr + i, tl.where(real, row, -1), mask=i < end)
+
+
+@triton.jit(do_not_specialize=["M", "TILE"])
+def _place_few_kernel(
+    ids_ptr, order_ptr, positions_ptr, starts_ptr, tile_expert_ptr, tile_row_ptr, M, E, TILE,
+    AT_ONCE: tl.constexpr, READ: tl.constexpr, EP: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """The whole plan in one launch: the first programs write the tiles of GROUP experts each, the others place AT_ONCE
+    ids, each behind all that are less, and those equal to it that come sooner.
+
+    What depends on the number of rows is no constant, or each new number would compile anew.
+    """
+    groups = tl.cdiv(E, GROUP)
+    if tl.program_id(0) < groups:
+        totals = tl.zeros((EP,), tl.int32)
+        for first in tl.range(0, M, READ):
+            totals += tl.histogram(_read(ids_ptr, first + tl.arange(0, READ), M, E), EP)
+        totals = tl.where(tl.arange(0, EP) < E, totals, 0)
+        _store_tiles(totals, tl.program_id(0), starts_ptr, tile_expert_ptr, tile_row_ptr, E, TILE, GROUP)
+    else:
+        i = (tl.program_id(0) - groups) * AT_ONCE + tl.arange(0, AT_ONCE)
+        ids = _read(ids_ptr, i, M, E)
+        row = tl.zeros((AT_ONCE,), tl.int32)
+        for first in tl.range(0, M, READ):
+            j = first + tl.arange(0, READ)
+            others = _read(ids_ptr, j, M, E)[None, :]
+            sooner = (others < ids[:, None]) | ((others == ids[:, None]) & (j[None, :] < i[:, None]))
+            row += tl.sum(sooner.to(tl.int32), axis=1)
+        _store_places(order_ptr, positions_ptr, i, ids, row, M, E)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _count_kernel(ids_ptr, counts_ptr, M, E, IDS: tl.constexpr, EP: tl.constexpr):
+    """counts[s, e]: rows of expert e among ids [s * IDS, (s + 1) * IDS); nobody reads that of E and above."""
     s = tl.program_id(0)
-    counts = _histogram(ids_ptr, s * SPLIT, tl.minimum((s + 1) * SPLIT, M), E, IDS, EP)
+    counts = tl.histogram(_read(ids_ptr, s * IDS + tl.arange(0, IDS), M, E), EP)
     tl.store(counts_ptr + s * EP + tl.arange(0, EP), counts)
 
 
@@ -100,58 +154,26 @@ def _scan_kernel(counts_ptr, totals_ptr, SPLITS, AT_ONCE: tl.constexpr, EP: tl.c
     tl.store(totals_ptr + e, total)
 
 
-@triton.jit(do_not_specialize=["M", "SPLIT", "TILE"])
+@triton.jit(do_not_specialize=["M", "TILE"])
 def _place_kernel(
     ids_ptr, counts_ptr, totals_ptr, order_ptr, positions_ptr, starts_ptr, tile_expert_ptr, tile_row_ptr,
-    M, E, SPLIT, TILE, COUNTED: tl.constexpr, IDS: tl.constexpr, EP: tl.constexpr, GROUP: tl.constexpr,
+    M, E, TILE, IDS: tl.constexpr, READ: tl.constexpr, EP: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Place the rows of GROUP experts that lie in one split; the first split also writes starts and tiles.
-
-    Not COUNTED: there is one split, whose ids are counted here, so that few rows need no launch before this one. What
-    depends on the number of rows is no constant, or each new number would compile anew.
-    """
-    e0 = tl.program_id(0) * GROUP
-    s = tl.program_id(1)
-    experts = e0 + tl.arange(0, GROUP)
+    """Place the rows of one split; as many programs as there are groups of GROUP experts write their tiles."""
+    s = tl.program_id(0)
     every = tl.arange(0, EP)
-    if COUNTED:
-        totals = tl.load(totals_ptr + every)
-    else:
-        totals = _histogram(ids_ptr, 0, M, E, IDS, EP)
-    totals = tl.where(every < E, totals, 0)
-    lower = every[None, :] < experts[:, None]
-    same = every[None, :] == experts[:, None]
-    start = tl.sum(tl.where(lower, totals[None, :], 0), axis=1)
-    if s == 0:
-        each = (totals + TILE - 1) // TILE
-        tile = tl.sum(tl.where(lower, each[None, :], 0), axis=1)
-        tiles = tl.sum(tl.where(same, each[None, :], 0), axis=1)
-        tl.store(starts_ptr + experts, start, mask=experts < E)
-        if e0 == 0:
-            tl.store(starts_ptr + E, tl.sum(totals))
-            tl.store(starts_ptr + E + 1, tl.sum(each))
-        for j in tl.range(0, tl.max(tiles)):
-            tl.store(tile_expert_ptr + tile + j, experts, mask=j < tiles)
-            tl.store(tile_row_ptr + tile + j, start + j * TILE, mask=j < tiles)
-    one = tl.arange(0, IDS)
-    precede = (one[None, :] < one[:, None]).to(tl.float16)
-    next_row = start
-    if COUNTED:
-        next_row += tl.load(counts_ptr + s * EP + experts, mask=experts < EP, other=0)
-    for first in tl.range(s * SPLIT, tl.minimum((s + 1) * SPLIT, M), IDS):
-        i = first + tl.arange(0, IDS)
-        live = i < tl.minimum((s + 1) * SPLIT, M)
-        ids = tl.load(ids_ptr + i, mask=live, other=E)
-        mine = ((ids[:, None] == experts[None, :]) & (experts < E)[None, :]).to(tl.int32)
-        # how many of these ids precede each: a product with a triangle of ones, exact in float16 (at most IDS ones)
-        rank = tl.dot(precede, mine.to(tl.float16)).to(tl.int32)
-        row = tl.sum(tl.where(mine > 0, rank + next_row[None, :], 0), axis=1)
-        found = tl.sum(mine, axis=1) > 0
-        tl.store(order_ptr + row, i, mask=found)
-        tl.store(positions_ptr + i, row, mask=found)
-        if e0 == 0:
-            tl.store(positions_ptr + i, -1, mask=live & ((ids < 0) | (ids >= E)))
-        next_row += tl.sum(mine, axis=0)
+    totals = tl.where(every < E, tl.load(totals_ptr + every), 0)
+    if s * GROUP < E:
+        _store_tiles(totals, s, starts_ptr, tile_expert_ptr, tile_row_ptr, E, TILE, GROUP)
+    i = s * IDS + tl.arange(0, IDS)
+    ids = _read(ids_ptr, i, M, E)
+    before = tl.load(counts_ptr + s * EP + ids, mask=i < M, other=0)
+    row = before + tl.gather(tl.cumsum(totals, axis=0) - totals, ids, 0)
+    for first in tl.static_range(0, IDS, READ):
+        j = s * IDS + first + tl.arange(0, READ)
+        sooner = (_read(ids_ptr, j, M, E)[None, :] == ids[:, None]) & (j[None, :] < i[:, None])
+        row += tl.sum(sooner.to(tl.int32), axis=1)
+    _store_places(order_ptr, positions_ptr, i, ids, row, M, E)
 
 
 @triton.jit
@@ -237,17 +259,21 @@ def make_plan(top_k_index: Tensor, E: int, tile_rows: int, *, kept: bool) -> Ten
     make = torch.zeros if kept else torch.empty
     packed = make(plan_size(M, E), dtype=torch.int32, device=top_k_index.device)
     plan = unpack(packed, M, E)
-    EP = triton.next_power_of_2(E + 1)
-    splits = 0 if M <= _FEW_IDS else min(256, triton.cdiv(M, 2 * _IDS))
-    split = triton.cdiv(triton.cdiv(M, max(splits, 1)), _IDS) * _IDS
+    EP, groups = triton.next_power_of_2(E + 1), triton.cdiv(E, 16)
+    parts = (plan.order, plan.positions, plan.starts, plan.tile_expert, plan.tile_row)
+    if M <= _FEW_IDS:
+        _place_few_kernel[(groups + triton.cdiv(M, _FEW_AT_ONCE),)](
+            top_k_index, *parts, M, E, tile_rows, AT_ONCE=_FEW_AT_ONCE, READ=512, EP=EP, GROUP=16
+        )
+        return packed
+    splits = triton.cdiv(M, _IDS)
     counts, totals = packed.new_empty((splits, EP)), packed.new_empty(EP)
-    if splits:
-        _count_kernel[(splits,)](top_k_index, counts, M, E, split, IDS=_IDS, EP=EP)
-        _scan_kernel[(triton.cdiv(EP, 16),)](counts, totals, splits, AT_ONCE=128, EP=EP, GROUP=min(16, EP))
-    _place_kernel[(triton.cdiv(E, 16), max(splits, 1))](
-        top_k_index, counts, totals, plan.order, plan.positions, plan.starts, plan.tile_expert, plan.tile_row,
-        M, E, split, tile_rows, COUNTED=splits > 0, IDS=_IDS, EP=EP, GROUP=16, num_warps=8,
-    )  # fmt: skip
+    _count_kernel[(splits,)](top_k_index, counts, M, E, IDS=_IDS, EP=EP)
+    group = min(8, EP)
+    _scan_kernel[(EP // group,)](counts, totals, splits, AT_ONCE=512, EP=EP, GROUP=group, num_warps=8)
+    _place_kernel[(max(splits, groups),)](
+        top_k_index, counts, totals, *parts, M, E, tile_rows, IDS=_IDS, READ=64, EP=EP, GROUP=16, num_warps=8
+    )
     return packed
 
 
