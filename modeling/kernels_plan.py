@@ -169,7 +169,7 @@ def _place_kernel(
     ids = _read(ids_ptr, i, M, E)
     before = tl.load(counts_ptr + s * EP + ids, mask=i < M, other=0)
     row = before + tl.gather(tl.cumsum(totals, axis=0) - totals, ids, 0)
-    for first in tl.static_range(0, IDS, READ):
+    for first in tl.range(0, IDS, READ):
         j = s * IDS + first + tl.arange(0, READ)
         sooner = (_read(ids_ptr, j, M, E)[None, :] == ids[:, None]) & (j[None, :] < i[:, None])
         row += tl.sum(sooner.to(tl.int32), axis=1)
