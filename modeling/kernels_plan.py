@@ -18,8 +18,8 @@ except ImportError as error:
     ) from error
 
 SMALLEST_TILE = 16
-_IDS = 256  # ids that a program counts and places
-_FEW_IDS, _FEW_AT_ONCE = 4096, 32  # so many are placed in one launch, by programs of so many
+_IDS = 128  # ids that a program counts and places
+_FEW = 2048  # so many are placed in one launch
 
 
 class Plan(NamedTuple):
@@ -105,38 +105,40 @@ def _store_places(order_ptr, positions_ptr, i, ids, row, end, E):
 @triton.jit(do_not_specialize=["M", "TILE"])
 def _place_few_kernel(
     ids_ptr, order_ptr, positions_ptr, starts_ptr, tile_expert_ptr, tile_row_ptr, M, E, TILE,
-    AT_ONCE: tl.constexpr, READ: tl.constexpr, EP: tl.constexpr, GROUP: tl.constexpr,
+    MOST: tl.constexpr, IDS: tl.constexpr, READ: tl.constexpr, EP: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """The whole plan in one launch: the first programs write the tiles of GROUP experts each, the others place AT_ONCE
-    ids, each behind all that are less, and those equal to it that come sooner.
+    """The whole plan of up to MOST ids in one launch: the first programs write the tiles of GROUP experts each, the
+    others place IDS ids, each behind all that are less, and those equal to it that come sooner.
 
     What depends on the number of rows is no constant, or each new number would compile anew.
     """
     groups = tl.cdiv(E, GROUP)
     if tl.program_id(0) < groups:
-        totals = tl.zeros((EP,), tl.int32)
-        for first in tl.range(0, M, READ):
-            totals += tl.histogram(_read(ids_ptr, first + tl.arange(0, READ), M, E), EP)
+        every = tl.arange(0, MOST)
+        totals = tl.histogram(_read(ids_ptr, every, M, E), EP, mask=every < M)
         totals = tl.where(tl.arange(0, EP) < E, totals, 0)
         _store_tiles(totals, tl.program_id(0), starts_ptr, tile_expert_ptr, tile_row_ptr, E, TILE, GROUP)
     else:
-        i = (tl.program_id(0) - groups) * AT_ONCE + tl.arange(0, AT_ONCE)
+        i = (tl.program_id(0) - groups) * IDS + tl.arange(0, IDS)
         ids = _read(ids_ptr, i, M, E)
-        row = tl.zeros((AT_ONCE,), tl.int32)
+        row = tl.zeros((IDS,), tl.int32)
         for first in tl.range(0, M, READ):
             j = first + tl.arange(0, READ)
-            others = _read(ids_ptr, j, M, E)[None, :]
-            sooner = (others < ids[:, None]) | ((others == ids[:, None]) & (j[None, :] < i[:, None]))
-            row += tl.sum(sooner.to(tl.int32), axis=1)
+            others = _read(ids_ptr, j, M, E)[:, None]
+            sooner = (others < ids[None, :]) | ((others == ids[None, :]) & (j[:, None] < i[None, :]))
+            row += tl.sum(sooner.to(tl.int32), axis=0)
         _store_places(order_ptr, positions_ptr, i, ids, row, M, E)
 
 
 @triton.jit(do_not_specialize=["M"])
-def _count_kernel(ids_ptr, counts_ptr, M, E, IDS: tl.constexpr, EP: tl.constexpr):
-    """counts[s, e]: rows of expert e among ids [s * IDS, (s + 1) * IDS); nobody reads that of E and above."""
+def _count_kernel(ids_ptr, read_ptr, counts_ptr, M, E, IDS: tl.constexpr, EP: tl.constexpr):
+    """counts[s, e]: rows of expert e among ids [s * IDS, (s + 1) * IDS); nobody reads that of E and above. And the ids
+    as `_read` has them."""
     s = tl.program_id(0)
-    counts = tl.histogram(_read(ids_ptr, s * IDS + tl.arange(0, IDS), M, E), EP)
-    tl.store(counts_ptr + s * EP + tl.arange(0, EP), counts)
+    i = s * IDS + tl.arange(0, IDS)
+    ids = _read(ids_ptr, i, M, E)
+    tl.store(read_ptr + i, ids, mask=i < M)
+    tl.store(counts_ptr + s * EP + tl.arange(0, EP), tl.histogram(ids, EP))
 
 
 @triton.jit(do_not_specialize=["SPLITS"])
@@ -156,24 +158,25 @@ def _scan_kernel(counts_ptr, totals_ptr, SPLITS, AT_ONCE: tl.constexpr, EP: tl.c
 
 @triton.jit(do_not_specialize=["M", "TILE"])
 def _place_kernel(
-    ids_ptr, counts_ptr, totals_ptr, order_ptr, positions_ptr, starts_ptr, tile_expert_ptr, tile_row_ptr,
+    read_ptr, counts_ptr, totals_ptr, order_ptr, positions_ptr, starts_ptr, tile_expert_ptr, tile_row_ptr,
     M, E, TILE, IDS: tl.constexpr, READ: tl.constexpr, EP: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Place the rows of one split; as many programs as there are groups of GROUP experts write their tiles."""
+    """Place the rows of one split; behind the splits come programs that write the tiles of GROUP experts each."""
+    splits = tl.cdiv(M, IDS)
     s = tl.program_id(0)
     every = tl.arange(0, EP)
     totals = tl.where(every < E, tl.load(totals_ptr + every), 0)
-    if s * GROUP < E:
-        _store_tiles(totals, s, starts_ptr, tile_expert_ptr, tile_row_ptr, E, TILE, GROUP)
-    i = s * IDS + tl.arange(0, IDS)
-    ids = _read(ids_ptr, i, M, E)
-    before = tl.load(counts_ptr + s * EP + ids, mask=i < M, other=0)
-    row = before + tl.gather(tl.cumsum(totals, axis=0) - totals, ids, 0)
-    for first in tl.range(0, IDS, READ):
-        j = s * IDS + first + tl.arange(0, READ)
-        sooner = (_read(ids_ptr, j, M, E)[None, :] == ids[:, None]) & (j[None, :] < i[:, None])
-        row += tl.sum(sooner.to(tl.int32), axis=1)
-    _store_places(order_ptr, positions_ptr, i, ids, row, M, E)
+    if s >= splits:
+        _store_tiles(totals, s - splits, starts_ptr, tile_expert_ptr, tile_row_ptr, E, TILE, GROUP)
+    else:
+        i = s * IDS + tl.arange(0, IDS)
+        ids = tl.load(read_ptr + i, mask=i < M, other=E)
+        row = tl.load(counts_ptr + s * EP + ids) + tl.gather(tl.cumsum(totals, axis=0) - totals, ids, 0)
+        for first in tl.range(s * IDS, (s + 1) * IDS, READ):
+            j = first + tl.arange(0, READ)
+            others = tl.load(read_ptr + j)[:, None]  # those behind the last precede nobody
+            row += tl.sum(((others == ids[None, :]) & (j[:, None] < i[None, :])).to(tl.int32), axis=0)
+        _store_places(order_ptr, positions_ptr, i, ids, row, M, E)
 
 
 @triton.jit
@@ -261,18 +264,18 @@ def make_plan(top_k_index: Tensor, E: int, tile_rows: int, *, kept: bool) -> Ten
     plan = unpack(packed, M, E)
     EP, groups = triton.next_power_of_2(E + 1), triton.cdiv(E, 16)
     parts = (plan.order, plan.positions, plan.starts, plan.tile_expert, plan.tile_row)
-    if M <= _FEW_IDS:
-        _place_few_kernel[(groups + triton.cdiv(M, _FEW_AT_ONCE),)](
-            top_k_index, *parts, M, E, tile_rows, AT_ONCE=_FEW_AT_ONCE, READ=512, EP=EP, GROUP=16
+    if M <= _FEW:
+        _place_few_kernel[(groups + triton.cdiv(M, 32),)](
+            top_k_index, *parts, M, E, tile_rows, MOST=_FEW, IDS=32, READ=256, EP=EP, GROUP=16
         )
         return packed
     splits = triton.cdiv(M, _IDS)
-    counts, totals = packed.new_empty((splits, EP)), packed.new_empty(EP)
-    _count_kernel[(splits,)](top_k_index, counts, M, E, IDS=_IDS, EP=EP)
+    read, counts, totals = (packed.new_empty(length) for length in (splits * _IDS, splits * EP, EP))
+    _count_kernel[(splits,)](top_k_index, read, counts, M, E, IDS=_IDS, EP=EP)
     group = min(8, EP)
     _scan_kernel[(EP // group,)](counts, totals, splits, AT_ONCE=512, EP=EP, GROUP=group, num_warps=8)
-    _place_kernel[(max(splits, groups),)](
-        top_k_index, counts, totals, *parts, M, E, tile_rows, IDS=_IDS, READ=64, EP=EP, GROUP=16, num_warps=8
+    _place_kernel[(splits + groups,)](
+        read, counts, totals, *parts, M, E, tile_rows, IDS=_IDS, READ=32, EP=EP, GROUP=16
     )
     return packed
 

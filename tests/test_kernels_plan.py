@@ -73,8 +73,8 @@ def test_a_plan_sorts(routing, kept):
         (128, 15),
         (129, 17),
         (1025, 40),
-        (4096, 5),  # the most that one launch sorts
-        (4097, 5),
+        (2048, 5),  # the most that one launch sorts
+        (2049, 5),
         (5000, 1),
         (9000, 70),
     ],
@@ -82,19 +82,17 @@ def test_a_plan_sorts(routing, kept):
 def test_a_plan_sorts_sizes_around_its_blocks(M, E):
     generator = torch.Generator().manual_seed(M)
     assert_sorts(torch.randint(-1, E + 2, (M, 1), generator=generator), E, 128)
-    if M < 4096:
+    if M < 2048:
         half = torch.randint(0, E, (M, 1), generator=generator) // 2 * 2  # every other expert is empty
         assert_sorts(half.int(), E, 16)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="takes the interpreter half a minute")
 def test_a_plan_sorts_more_ids_than_its_splits_read_at_once():
-    assert_sorts(torch.randint(-1, 4, (128 * 1024 + 70, 1), generator=torch.Generator().manual_seed(0)), 3, 128)
+    assert_sorts(torch.randint(-1, 4, (128 * 512 + 70, 1), generator=torch.Generator().manual_seed(0)), 3, 128)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-@pytest.mark.parametrize("M", [40, 4100])
+@pytest.mark.parametrize("M", [40, 2100])
 def test_a_plan_needs_no_clean_memory(monkeypatch, M, dtype):
     ids = torch.randint(-1, 8, (M // 2, 2), generator=torch.Generator().manual_seed(M), dtype=dtype)
     poison(monkeypatch)
