@@ -266,7 +266,7 @@ def make_plan(top_k_index: Tensor, E: int, tile_rows: int, *, kept: bool) -> Ten
     parts = (plan.order, plan.positions, plan.starts, plan.tile_expert, plan.tile_row)
     if M <= _FEW:
         _place_few_kernel[(groups + triton.cdiv(M, 32),)](
-            top_k_index, *parts, M, E, tile_rows, MOST=_FEW, IDS=32, READ=256, EP=EP, GROUP=16
+            top_k_index, *parts, M, E, tile_rows, MOST=_FEW, IDS=32, READ=1024, EP=EP, GROUP=16, num_warps=8
         )
         return packed
     splits = triton.cdiv(M, _IDS)

@@ -100,7 +100,7 @@ def _fetch(a_desc, b_desc, b_ptr, a_s, b_s, full, free, order_ptr, starts_ptr, E
 @gluon.jit
 def _multiply(a_s, b_s, places, full, free, ahead, dw_desc, starts_ptr, E, me: gl.constexpr, DOWN: gl.constexpr,
               ACROSS: gl.constexpr, STAGES: gl.constexpr, LEAD: gl.constexpr):  # fmt: skip
-    """A warpgroup: 64 rows of each tile. The second begins a tile of many steps when the first is LEAD steps into it."""
+    """A warpgroup: 64 rows of each tile. The second begins a long tile when the first is LEAD steps into it."""
     DEPTH: gl.constexpr = a_s.shape[1]
     HALF: gl.constexpr = a_s.shape[2]
     COLUMNS: gl.constexpr = b_s.shape[2]
