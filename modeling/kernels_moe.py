@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .kernels_decode import VectorTile, swapped_experts, vector_experts
-from .kernels_gemm import PAD, Tile, act_gradient, gated_rows, plain_rows, weight_gradient
+from .kernels_gemm import PAD, Tile, act_gradient, gated_rows, plain_rows, turned, weight_gradient
 from .kernels_launch import is_hopper, optional_kernel
 from .kernels_plan import Plan, combine, expert_sums, make_plan, pack, plan_size, spread, unpack
 from .kernels_tiles import few_rows, invariant_tiles, tiles_for
@@ -53,13 +53,19 @@ def _hopper(device: torch.device) -> dict[str, tuple[Callable, Callable]]:
         from .kernels_hidden import fits as hidden_fits
         from .kernels_hidden import hidden_gradient
         from .kernels_up import fits, up_rows
+        from .kernels_weight import fits as weight_fits
+        from .kernels_weight import new_weight_gradient
     except Exception:
         logger.debug("The kernels in Gluon do not load with this Triton; kernels_gemm.py's run.", exc_info=True)
         return {}
-    return {"up": (fits, up_rows), "hidden": (hidden_fits, hidden_gradient)}
+    return {
+        "up": (fits, up_rows),
+        "hidden": (hidden_fits, hidden_gradient),
+        "weight": (weight_fits, new_weight_gradient),
+    }
 
 
-def _specialised(name: str, tile: Tile, x: Tensor, *rest) -> tuple[Tensor, ...] | None:
+def _specialised(name: str, tile: Tile, x: Tensor, *rest) -> Tensor | tuple[Tensor, ...] | None:
     """What the kernel of that name makes of x and the rest; None where it does not run."""
     kernels = _hopper(x.device)
     fits, run = kernels.get(name, (None, None))
@@ -90,6 +96,14 @@ def gated_gradient(
         return quick
     da = plain_rows(rows, down, plan, top_k_weights.shape[1], tile, gather=False, transposed=True)
     return da, *act_gradient(da, h, top_k_weights, plan, len(down), act, True)
+
+
+def expert_gradient(a: Tensor, b: Tensor, plan: Plan, E: int, into: Tensor | None, tile: Tile) -> Tensor:
+    """`weight_gradient`, by whichever kernel is the faster."""
+    quick = None
+    if into is None and turned(a.shape[1], b.shape[1], tile) == tile:
+        quick = _specialised("weight", tile, a, b, plan, E)
+    return weight_gradient(a, b, plan, E, into, tile) if quick is None else quick
 
 
 @_operator("experts")
@@ -155,10 +169,10 @@ def _experts_backward(
         del da
     del h
     if need_down:
-        d_down = weight_gradient(rows, a, plan, E, down_into, tiles.dw)
+        d_down = expert_gradient(rows, a, plan, E, down_into, tiles.dw)
         del a
     if need_gate_up:
-        d_gate_up = weight_gradient(dh, pack(x, plan, E, K, PAD, rows), plan, E, gate_up_into, tiles.dw)
+        d_gate_up = expert_gradient(dh, pack(x, plan, E, K, PAD, rows), plan, E, gate_up_into, tiles.dw)
     if need_x:
         dx_rows = plain_rows(dh, gate_up, plan, K, tiles.dx, gather=False, transposed=True, out=rows)
         combine(dx_rows, plan, None, None, K, dx)
@@ -275,7 +289,7 @@ def _grouped_linear_backward(
             da = combine(da, plan, None, None, K, torch.empty_like(a))
     if need_weight:
         rows = pack(a, plan, E, K, PAD, a.new_empty((M, a.shape[1]))) if gather else a
-        dw = weight_gradient(*((rows, dy) if transposed else (dy, rows)), plan, E, None, tiles.dw)
+        dw = expert_gradient(*((rows, dy) if transposed else (dy, rows)), plan, E, None, tiles.dw)
     if need_bias:
         db = expert_sums(dy, plan, E)
     return da, dw, db

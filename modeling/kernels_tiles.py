@@ -55,7 +55,7 @@ _MANY = Tiles(
     down=Tile(128, 256, 64, 8, 3, flatten=True),
     da=Tile(128, 256, 64, 8, 3, flatten=True, specialised=True),
     dx=Tile(128, 256, 64, 8, 3, flatten=True),
-    dw=Tile(128, 256, 64, 8, 3),
+    dw=Tile(128, 256, 64, 8, 3, specialised=True),
 )
 _MANY_WIDE = _MANY._replace(  # specialised warps cost 5 % of a forward of V3's width, and gain nothing at Mixtral's
     up=Tile(128, 256, 64, 8, 3, group=32), up_saving=Tile(128, 256, 64, 8, 3, group=32, flatten=True)
@@ -63,9 +63,9 @@ _MANY_WIDE = _MANY._replace(  # specialised warps cost 5 % of a forward of V3's 
 # at 64 rows an expert half of them have more than one tile of 64 (Mixtral's 256 tokens: 750 us, not 732)
 _SOME_WIDE = _MANY_WIDE._replace(up=Tile(128, 256, 64, 8, 4, group=32), down=Tile(128, 256, 64, 8, 3, group=32))
 _SOME = Tiles(
-    up=Tile(64, 256, 64, 4, 4, group=32),
+    up=Tile(64, 256, 64, 4, 4, group=32, flatten=True),
     up_saving=Tile(64, 128, 64, 4, 4, blocks=2),
-    down=Tile(64, 256, 64, 4, 4, group=32),
+    down=Tile(64, 128, 128, 4, 4, group=32, flatten=True),
     da=Tile(64, 256, 64, 4, 4, group=32),
     dx=Tile(64, 256, 64, 4, 4, group=32),
     dw=Tile(128, 128, 64, 4, 3),

@@ -30,7 +30,7 @@ except ImportError as error:
         "The Hopper up projection needs a Triton with Gluon for Hopper: pip install 'triton>=3.6'."
     ) from error
 
-_begin_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global  # renamed after Triton 3.6
+begin_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global  # renamed after Triton 3.6
 barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 COLUMNS, DEPTH, STAGES = 256, 64, 4
 # Rows of a step are announced so many steps late: until then their copies may be on their way.
@@ -133,7 +133,7 @@ def _store(x, places, desc, row, end, column):
         place.store(left if part == 0 else right)
         fence_async_shared()
         at = [LARGE, row + size, LARGE - size, column + part * left.shape[1]]
-        _begin_store(desc, at, place)
+        begin_store(desc, at, place)
 
 
 @gluon.jit

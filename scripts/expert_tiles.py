@@ -6,8 +6,8 @@ from collections.abc import Callable
 import torch
 
 from lamoe.kernels_decode import SwappedTile, VectorTile, swapped_experts, vector_experts
-from lamoe.kernels_gemm import PAD, Tile, plain_rows, weight_gradient
-from lamoe.kernels_moe import gated_gradient, gated_up
+from lamoe.kernels_gemm import PAD, Tile, plain_rows
+from lamoe.kernels_moe import expert_gradient, gated_gradient, gated_up
 from lamoe.kernels_plan import make_plan, pack, unpack
 from lamoe.scripts.expert_speed import Layer, milliseconds
 
@@ -22,6 +22,7 @@ ROW_TILES = (
 )
 GATED_TILES = (*ROW_TILES, *(Tile(128, 256, 64, 8, 3, group=group, specialised=True) for group in (8, 16, 32)))
 WEIGHT_TILES = (
+    Tile(128, 256, 64, 8, 3, specialised=True),
     Tile(128, 256, 64, 8, 3),
     Tile(128, 256, 64, 8, 3, flatten=True),
     Tile(256, 128, 64, 8, 3),
@@ -57,7 +58,7 @@ def best_tiles(shape: str) -> list[dict]:
     }
     found = [row for stage, call in gated.items() for row in fastest(shape, stage, call, GATED_TILES)]
     found += [row for stage, call in stages.items() for row in fastest(shape, stage, call, ROW_TILES)]
-    found += fastest(shape, "dw", lambda t: weight_gradient(h, rows, plan, E, None, t), WEIGHT_TILES)
+    found += fastest(shape, "dw", lambda t: expert_gradient(h, rows, plan, E, None, t), WEIGHT_TILES)
     few = (x[:1], index[:1], layer.weights[:1], gate_up, down, "silu", None)
     found += fastest(shape, "vector_up", lambda t: vector_experts(*few, t, VECTOR_TILES[1]), VECTOR_TILES)
     found += fastest(shape, "vector_down", lambda t: vector_experts(*few, VECTOR_TILES[0], t), VECTOR_TILES)

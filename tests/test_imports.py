@@ -27,7 +27,7 @@ MODELING = (
     ),
     ("kernels_gemm",),
     ("kernels_decode", "kernels_attention", "kernels_norm", "kernels_up"),
-    ("kernels_tiles", "kernels_step", "kernels_hidden"),
+    ("kernels_tiles", "kernels_step", "kernels_hidden", "kernels_weight"),
     ("kernels_moe",),
     ("precision", "experts", "cache", "projections", "correction", "attention_choice", "pages"),
     ("prefill", "recompute"),

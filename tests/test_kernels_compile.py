@@ -29,7 +29,9 @@ SPILLS = {
     "_decode_kernel": 720, "_rows_kernel": 24, "_values_kernel": 16, "_wide_kernel": 8, "_seesaw_kernel": 200,
     "_hidden_kernel": 8,
 }  # fmt: skip
-ONLY = dict.fromkeys(("kernels_wide", "kernels_up", "kernels_hidden"), "sm_90")  # whose kernels are for one target
+ONLY = dict.fromkeys(
+    ("kernels_wide", "kernels_up", "kernels_hidden", "kernels_weight"), "sm_90"
+)  # whose kernels are for one target
 PRODUCTS = ("_decode_kernel", "_rows_kernel", "_weight_gradient_kernel", "_swapped_up_kernel", "_swapped_down_kernel")
 
 
@@ -198,8 +200,9 @@ def compile_all(name: str):
     context.update(dtype="bfloat16", case="a wide row")
     experts(torch.bfloat16, 1, D=4096)
     if name == "sm_90":
-        up, hidden = modules["kernels_up"], modules["kernels_hidden"]
+        up, hidden, weight = (modules[f"kernels_{name}"] for name in ("up", "hidden", "weight"))
         kernels = {"up": (up.fits, up.up_rows), "hidden": (hidden.fits, hidden.hidden_gradient)}
+        kernels["weight"] = weight.fits, weight.new_weight_gradient
         moe._hopper = lambda device: kernels
         logging.basicConfig()
         moe.logger.setLevel("DEBUG")  # why something does not compile
@@ -210,7 +213,7 @@ def compile_all(name: str):
         ):  # fmt: skip
             context.update(dtype=str(dtype)[6:], case=f"in Gluon, {D} x {F}, {act}, train {train}")
             experts(dtype, 8192, D=D, F=F, train=train, activation=act)
-        assert len(kernels) == 2, "a kernel in Gluon does not compile: the log says why"
+        assert len(kernels) == 3, "a kernel in Gluon does not compile: the log says why"
     context.update(dtype="int64", case="256 experts")
     modules["kernels_plan"].make_plan(torch.zeros(8192, 8, dtype=torch.int64), 256, 128, kept=False)
 

@@ -16,7 +16,8 @@ from tests.kernels import ACTIVATIONS, assert_right, make_case, poison
 GPU = torch.cuda.is_available()
 HOPPER = GPU and torch.version.hip is None and torch.cuda.get_device_capability()[0] == 9
 GLUON = "triton.experimental.gluon.language.nvidia.hopper"
-UP, DA = (TABLE[90].tiles[1][2]._asdict()[name] for name in ("up", "da"))  # of many rows, none wide
+UP, DA, DW = (TABLE[90].tiles[1][2]._asdict()[name] for name in ("up", "da", "dw"))  # of many rows, none wide
+NAMES = ("up", "hidden", "weight")
 
 
 def on_hopper(function):
@@ -26,8 +27,8 @@ def on_hopper(function):
 @pytest.fixture
 def load(monkeypatch):
     """Look for the kernels as on a GPU of some compute capability, with their modules imported anew."""
-    for name in ("kernels_up", "kernels_hidden"):
-        monkeypatch.delitem(sys.modules, f"lamoe.{name}", raising=False)
+    for name in NAMES:
+        monkeypatch.delitem(sys.modules, f"lamoe.kernels_{name}", raising=False)
 
     def load(major=9, device="cuda"):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
@@ -39,32 +40,32 @@ def load(monkeypatch):
 def test_they_are_for_hopper(load, monkeypatch):
     assert load(8) == load(10) == load(12) == load(9, "cpu") == {}
     # nothing of Gluon runs where it is of no use
-    assert not {"lamoe.kernels_up", "lamoe.kernels_hidden"} & set(sys.modules)
+    assert not {f"lamoe.kernels_{name}" for name in NAMES} & set(sys.modules)
     found = {name: function.__name__ for name, (_, function) in load().items()}
-    assert found == {"up": "up_rows", "hidden": "hidden_gradient"}
+    assert found == {"up": "up_rows", "hidden": "hidden_gradient", "weight": "new_weight_gradient"}
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert load() == {}
 
 
 @pytest.mark.parametrize("missing", ["triton.experimental.gluon", GLUON, "triton.experimental.gluon.nvidia.hopper"])
 @pytest.mark.parametrize(
-    "name, what", [("kernels_up", "up projection"), ("kernels_hidden", "gradient of hidden rows")]
+    "name, what", zip(NAMES, ("up projection", "gradient of hidden rows", "weight gradient"), strict=True)
 )
 def test_a_triton_without_gluon_for_hopper(load, monkeypatch, missing, name, what):
     load()  # what a module imports before it looks for Gluon has been loaded
-    monkeypatch.delitem(sys.modules, f"lamoe.{name}")
+    monkeypatch.delitem(sys.modules, f"lamoe.kernels_{name}")
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(ImportError, match=f"The Hopper {what} needs a Triton with Gluon for Hopper: pip install"):
-        importlib.import_module(f"lamoe.{name}")
+        importlib.import_module(f"lamoe.kernels_{name}")
     assert load() == {}
 
 
 def test_tiles_that_fit(load):
     x = torch.empty(1, 136, dtype=torch.bfloat16)
-    for (fits, _), tile in zip(load().values(), (UP, DA), strict=True):
+    for (fits, _), tile in zip(load().values(), (UP, DA, DW), strict=True):
         assert fits(x, tile) and fits(x.half(), tile)
         assert not fits(x.float(), tile) and not fits(x, tile._replace(specialised=False))
-    (up_fits, _), (hidden_fits, _) = load().values()
+    (up_fits, _), (hidden_fits, _), _ = load().values()
     assert up_fits(x[:, :128], UP) and not hidden_fits(x[:, :128], DA)  # fewer steps than stages
     for row in (*TABLE.values(), CDNA, FLOAT32, INTERPRETER):
         for _, _, tiles in row.tiles:
@@ -80,15 +81,15 @@ def test_a_kernel_that_does_not_compile_is_tried_once(monkeypatch):
         tries.append(arguments)
         raise TypeError("async_load() got an unexpected keyword argument")
 
-    found = {name: (lambda *arguments: True, fail) for name in ("up", "hidden")}
+    found = {name: (lambda *arguments: True, fail) for name in NAMES}
     monkeypatch.setattr(kernels_moe, "_hopper", lambda device: found)
     case = make_case(5, 16, 8, 3, 2, device="cuda" if GPU else "cpu")
     for _ in range(2):
         assert_right(case)
-    assert len(tries) == 2 and not found
+    assert len(tries) == len(NAMES) and not found
 
 
-@pytest.mark.parametrize("name", ["up", "hidden"])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     "error",
     [torch.OutOfMemoryError("CUDA"), RuntimeError("Triton Error [CUDA]: out of memory")],
@@ -181,6 +182,32 @@ def test_gpu_hidden_gives_the_bits_of_the_kernels_that_it_replaces(N, D, F, E, K
 
 
 @on_hopper
+@pytest.mark.parametrize(
+    "N, H, W, E, K, kind, dtype",
+    [
+        (3000, 1408, 2048, 8, 6, "uniform", torch.bfloat16), (333, 144, 272, 5, 2, "uniform", torch.float16),
+        (200, 64, 72, 4, 1, "one expert", torch.bfloat16), (500, 192, 128, 6, 4, "sentinels", torch.bfloat16),
+        (64, 136, 128, 3, 2, "nobody", torch.bfloat16), (1, 256, 264, 2, 1, "uniform", torch.bfloat16),
+        (20000, 136, 520, 3, 2, "sentinels", torch.bfloat16), (900, 200, 520, 60, 4, "uniform", torch.float16),
+    ],
+)  # fmt: skip
+def test_gpu_weight_gives_the_bits_of_the_kernel_that_it_replaces(N, H, W, E, K, kind, dtype, monkeypatch):
+    """As of the up projection; experts of no row, of less rows than a stage has, and of less stages than there are."""
+    from lamoe.kernels_weight import new_weight_gradient
+
+    torch.manual_seed(0)
+    plan, real = sorted_rows(kind, N, E, K)
+    poison(monkeypatch)
+    a, b = torch.randn(N * K, H, device="cuda", dtype=dtype), torch.empty(N * K, W, device="cuda", dtype=dtype)
+    a[real : real + kernels_gemm.PAD] = 0
+    a[real + kernels_gemm.PAD :] = float("nan")
+    b[:real] = torch.randn(real, W, device="cuda", dtype=dtype)
+    expected = kernels_gemm.weight_gradient(a, b, plan, E, None, DW)
+    for _ in range(10):
+        assert torch.equal(new_weight_gradient(a, b, plan, E, DW), expected)
+
+
+@on_hopper
 @pytest.mark.parametrize("recompute", [False, True])
 def test_gpu_experts_take_them(recompute, monkeypatch):
     kernels = kernels_moe._hopper(torch.device("cuda", torch.cuda.current_device()))
@@ -196,9 +223,9 @@ def test_gpu_experts_take_them(recompute, monkeypatch):
         return fits, run
 
     monkeypatch.setattr(kernels_moe, "_hopper", lambda device: {name: counted(name) for name in kernels})
-    case = make_case(600, 256, 384, 4, 2, dtype=torch.bfloat16, device="cuda", shared=True)
+    case = make_case(600, 256, 512, 4, 2, dtype=torch.bfloat16, device="cuda", shared=True)
     assert_right(case, recompute=recompute)
-    assert taken == ["up", "up", "hidden"] if recompute else ["up", "hidden"]
+    assert taken == ["up"] * (1 + recompute) + ["hidden", "weight", "weight"]
     taken.clear()
     assert_right(case, ())
     assert taken == ["up"]
