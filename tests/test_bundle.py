@@ -22,7 +22,8 @@ CODE = {
     "kernels_gemm", "kernels_heads", "kernels_hidden", "kernels_launch", "kernels_logits", "kernels_loss",
     "kernels_moe", "kernels_norm", "kernels_plan", "kernels_router", "kernels_step", "kernels_tiles",
     "kernels_up", "kernels_weight", "kernels_wide", "losses", "modeling_lamoe", "moe", "mtp", "mtp_checkpoint",
-    "mtp_drafts", "mtp_generation", "pages", "precision", "prefill", "projections", "recompute", "replay", "token_loss",
+    "mtp_drafts", "mtp_generation", "pages", "precision", "prefill", "projections", "recompute", "replay",
+    "token_loss",
 }  # fmt: skip
 
 # What every child process begins with: neither package can be found, and a socket is an error.
