@@ -16,7 +16,7 @@ from tests.kernels import ACTIVATIONS, assert_right, make_case, poison
 GPU = torch.cuda.is_available()
 HOPPER = GPU and torch.version.hip is None and torch.cuda.get_device_capability()[0] == 9
 GLUON = "triton.experimental.gluon.language.nvidia.hopper"
-UP, DA, DW = (TABLE[90].tiles[0][2]._asdict()[name] for name in ("up", "da", "dw"))  # of many rows
+UP, DA, DW = (TABLE[90].tiles[1][2]._asdict()[name] for name in ("up", "da", "dw"))  # of many rows, none wide
 NAMES = ("up", "hidden", "weight")
 
 
