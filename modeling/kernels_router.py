@@ -8,7 +8,7 @@ atomics, and a token's result does not depend on the tokens beside it.
 import torch
 from torch import Tensor
 
-from .kernels_launch import await_kernels, overlapping
+from .kernels_launch import await_kernels, differentiable, overlapping
 
 try:  # inside `try`, or the Hub loader refuses the whole model where Triton is missing
     import triton
@@ -225,7 +225,7 @@ def _differentiate(ctx, dweights, _dexperts):
     return dlogits, *(None,) * 8
 
 
-_route.register_autograd(_differentiate, setup_context=_keep)
+_differentiable_route = differentiable(_route, _keep, _differentiate)
 
 
 def _padded(E: int, n_group: int) -> tuple[int, int]:
@@ -279,7 +279,7 @@ def route(
     if reason:
         raise ValueError(f"The fused router does not run here: {reason}; use router_implementation='eager'.")
     grouped = topk_method != "greedy"
-    return _route(
+    return _differentiable_route(
         logits_NE, bias_E, num_experts_per_tok, topk_method == "noaux_tc", n_group if grouped else 1,
         topk_group if grouped else 1, scoring_func == "softmax", bool(norm_topk_prob), float(routed_scaling_factor),
     )  # fmt: skip

@@ -153,7 +153,7 @@ def operator_calls(device) -> dict:
     options = lambda **changes: tuple({**plain, **changes}.values())  # noqa: E731
     h, packed = kernels_moe._experts(*case[:6], *options())[1:]
     rows, bias, into = x[index.flatten() % 3].contiguous(), x.new_ones(3, 8), [t + 1 for t in (gate_up, down)]
-    back = lambda h, into, *needs: (dy, x, weights, gate_up, down, h, packed, *into, "silu", False, *needs)  # noqa: E731
+    back = lambda h, *into_and_needs: (dy, x, weights, gate_up, down, h, packed, *into_and_needs)  # noqa: E731
     one = make_case(1, 8, 4, 8, 2, device=device, seed=19)
     always = one.x.new_ones(6, 8), one.x.new_ones(6, 8), one.x.new_ones(8, 6)
     return {
@@ -163,10 +163,11 @@ def operator_calls(device) -> dict:
         "experts invariant": (*case[:5], None, *options(train=False, batch_invariant=True)),
         "experts gradients": (*leaves, *options()),
         "experts recompute": (*leaves, *options(recompute=True)),
-        "experts_backward all": back(h, (None, None), True, True, True),
-        "experts_backward none": back(h, (None, None), False, False, False),
-        "experts_backward into": back(h, into, False, True, True),
-        "experts_backward recompute": back(h.new_empty(0), (None, None), True, True, True),
+        "experts_backward all": back(h, "silu", False, True, True, True),
+        "experts_backward none": back(h, "silu", False, False, False, False),
+        "experts_backward recompute": back(h.new_empty(0), "silu", False, True, True, True),
+        "experts_backward_into both": back(h, *into, "silu", False, False, True, True),
+        "experts_backward_into one": back(h, None, into[1], "silu", False, True, True, True),
         "plan int64": (index, 3, x),
         "plan int32": (index.int(), 3, x),
         "grouped_linear tokens": (x, packed, gate_up, None, 2, True, False),

@@ -299,7 +299,8 @@ def test_compiled_with_changing_numbers_of_tokens():
 OPERATORS = {
     "experts": ("inference", "invariant", "gradients", "recompute"),
     "few_experts": ("plain", "residual"),
-    "experts_backward": ("all", "none", "into", "recompute"),
+    "experts_backward": ("all", "none", "recompute"),
+    "experts_backward_into": ("both", "one"),
     "plan": ("int64", "int32"),
     "grouped_linear": ("tokens", "gradients", "transposed"),
     "grouped_linear_backward": ("tokens", "rows"),
