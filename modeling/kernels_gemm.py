@@ -5,6 +5,7 @@ One persistent template serves every product whose rows are ragged (`_rows_kerne
 dimension is (`_weight_gradient_kernel`). The eager form, which defines the results, is moe.LamoeExperts.forward.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -323,6 +324,7 @@ def _launch_rows(
     )  # fmt: skip
 
 
+@functools.cache
 def turned(H: int, W: int, tile: Tile) -> Tile:
     """The tile, or the tile with rows and columns exchanged where less of that lies outside [H, W].
 

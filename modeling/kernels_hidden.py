@@ -14,7 +14,7 @@ from .kernels_gemm import PAD, Tile, activation_and_slope, halves, multiprocesso
 from .kernels_plan import Plan
 from .kernels_up import after, barrier, before, row_tile
 from .kernels_up import fits as up_fits
-from .kernels_wide import begin_copy, reinterpreted
+from .kernels_wide import begin_copy, box_layout, reinterpreted
 
 try:  # inside `try`, or the Hub loader refuses the whole model where Triton is missing
     import triton
@@ -270,8 +270,8 @@ def hidden_gradient(
     across = triton.cdiv(F, COLUMNS)
     parts = dy_MD.new_empty((M, across), dtype=torch.float32)
     _hidden_kernel[(multiprocessors(dy_MD),)](
-        TensorDescriptor.from_tensor(dy_MD, [64, DEPTH], gl.NVMMASharedLayout(128, 16, 2)),
-        TensorDescriptor.from_tensor(down_EDF, [1, DEPTH, COLUMNS], gl.NVMMASharedLayout(128, 16, 3)),
+        TensorDescriptor.from_tensor(dy_MD, [64, DEPTH], box_layout(2)),
+        TensorDescriptor.from_tensor(down_EDF, [1, DEPTH, COLUMNS], box_layout(3)),
         h, top_k_weights, dh, a, parts, plan.order, plan.starts, plan.tile_expert, plan.tile_row,
         plan.tiles, X=D, F=F, ACT=act, COLUMNS=COLUMNS, DEPTH=DEPTH, BLOCK=BLOCK, GROUP=tile.group,
         STAGES=STAGES, num_warps=4,

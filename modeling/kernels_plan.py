@@ -132,8 +132,8 @@ def _place_few_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def _count_kernel(ids_ptr, read_ptr, counts_ptr, M, E, IDS: tl.constexpr, EP: tl.constexpr):
-    """counts[s, e]: rows of expert e among ids [s * IDS, (s + 1) * IDS); nobody reads that of E and above. And the ids
-    as `_read` has them."""
+    """counts[s, e]: rows of expert e among ids [s * IDS, (s + 1) * IDS); that of E and above counts for
+    nobody. And the ids as `_read` has them."""
     s = tl.program_id(0)
     i = s * IDS + tl.arange(0, IDS)
     ids = _read(ids_ptr, i, M, E)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .kernels_gemm import Tile, activation_and_slope, halves, multiprocessors, new_hidden
 from .kernels_plan import Plan
-from .kernels_wide import LARGE, begin_copy, begin_reading, ragged
+from .kernels_wide import LARGE, begin_copy, begin_reading, box_layout, ragged
 
 try:  # inside `try`, or the Hub loader refuses the whole model where Triton is missing
     from triton.experimental import gluon
@@ -229,8 +229,8 @@ def up_rows(
     a, h = new_hidden(x_ND, plan, F, save)
     if not len(a):
         return a, h
-    layout, width = gl.NVMMASharedLayout(128, 16, 3), COLUMNS // 4
-    weight = TensorDescriptor.from_tensor(gate_up_EFD.view(2 * E, F, D), [2, COLUMNS // 2, DEPTH], layout)
+    width = COLUMNS // 4
+    weight = TensorDescriptor.from_tensor(gate_up_EFD.view(2 * E, F, D), [2, COLUMNS // 2, DEPTH], box_layout(3))
     y_desc = ragged(a, 64, width)
     h_descs = (ragged(h[:, :F], 64, width), ragged(h[:, F:], 64, width)) if save else (y_desc, y_desc)
     _up_kernel[(multiprocessors(x_ND),)](

@@ -12,7 +12,7 @@ from .kernels_gemm import Tile, halves, multiprocessors
 from .kernels_plan import Plan
 from .kernels_up import after, before, begin_store
 from .kernels_up import fits as up_fits
-from .kernels_wide import LARGE, begin_copy, ragged
+from .kernels_wide import LARGE, begin_copy, box_layout, ragged
 
 try:  # inside `try`, or the Hub loader refuses the whole model where Triton is missing
     from triton.experimental import gluon
@@ -141,8 +141,8 @@ def new_weight_gradient(a: Tensor, b: Tensor, plan: Plan, E: int, tile: Tile) ->
         return a.new_zeros((E, H, W))
     dw = a.new_empty((E, H, W))
     _weight_kernel[(multiprocessors(a),)](
-        TensorDescriptor.from_tensor(a, [DEPTH, 64], gl.NVMMASharedLayout(128, 16, 2)), ragged(b, DEPTH, COLUMNS),
-        TensorDescriptor.from_tensor(dw, [1, 64, COLUMNS // 4], gl.NVMMASharedLayout(128, 16, 3)),
+        TensorDescriptor.from_tensor(a, [DEPTH, 64], box_layout(2)), ragged(b, DEPTH, COLUMNS),
+        TensorDescriptor.from_tensor(dw, [1, 64, COLUMNS // 4], box_layout(3)),
         plan.starts, E, H=H, W=W, COLUMNS=COLUMNS, DEPTH=DEPTH, STAGES=STAGES, num_warps=4,
     )  # fmt: skip
     return dw

@@ -521,12 +521,13 @@ def ragged(rows: Tensor, box_rows: int, box_columns: int) -> TensorDescriptor:
     zeros behind its last."""
     width, stride = rows.shape[1], rows.stride(0)
     shape, strides = [_LARGER, _LARGER, 2**30, width], [2**34 - stride, stride, stride, 1]
-    return TensorDescriptor(rows, shape, strides, [1, 1, box_rows, box_columns], _layout(box_columns))
+    return TensorDescriptor(rows, shape, strides, [1, 1, box_rows, box_columns], box_layout(4, box_columns))
 
 
 @functools.cache
-def _layout(width: int) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout(min(128, 2 * width), 16, 4)
+def box_layout(dimensions: int, width: int = 64) -> gl.NVMMASharedLayout:
+    """How boxes of rows of `width` columns lie in shared memory."""
+    return gl.NVMMASharedLayout(min(128, 2 * width), 16, dimensions)
 
 
 def _boxes(half: Tensor | None, slots: int) -> TensorDescriptor | None:

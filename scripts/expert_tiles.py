@@ -25,7 +25,6 @@ WEIGHT_TILES = (
     Tile(128, 256, 64, 8, 3, specialised=True),
     Tile(128, 256, 64, 8, 3),
     Tile(128, 256, 64, 8, 3, flatten=True),
-    Tile(256, 128, 64, 8, 3),
     Tile(128, 128, 64, 4, 3, blocks=2),
     Tile(128, 128, 32, 8, 3, blocks=2),
 )

@@ -189,6 +189,7 @@ def test_gpu_hidden_gives_the_bits_of_the_kernels_that_it_replaces(N, D, F, E, K
         (200, 64, 72, 4, 1, "one expert", torch.bfloat16), (500, 192, 128, 6, 4, "sentinels", torch.bfloat16),
         (64, 136, 128, 3, 2, "nobody", torch.bfloat16), (1, 256, 264, 2, 1, "uniform", torch.bfloat16),
         (20000, 136, 520, 3, 2, "sentinels", torch.bfloat16), (900, 200, 520, 60, 4, "uniform", torch.float16),
+        (50, 72, 520, 1, 1, "uniform", torch.bfloat16),
     ],
 )  # fmt: skip
 def test_gpu_weight_gives_the_bits_of_the_kernel_that_it_replaces(N, H, W, E, K, kind, dtype, monkeypatch):

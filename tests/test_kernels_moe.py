@@ -319,6 +319,15 @@ def test_every_operator_is_checked():
     assert {name[1:] for name, value in vars(kernels_moe).items() if isinstance(value, kind)} == OPERATORS.keys()
 
 
+def test_eager_gradients_do_without_the_dispatcher():
+    """Its own gradient of an operator takes the host a quarter of a millisecond longer."""
+    case = make_case(3, 16, 8, 4, 2, device=DEVICE)
+    out = fused_experts(case.x.requires_grad_(), *case[1:5])
+    assert "CustomOpDef" in out.grad_fn.name() and "Generated" not in out.grad_fn.name()
+    with torch.no_grad():
+        assert fused_experts(*case[:5]).grad_fn is None
+
+
 def test_the_backward_keeps_x_the_pre_activation_and_the_plan():
     N, D, width, E, K = 12, 128, 64, 4, 2
     case = make_case(N, D, width, E, K, device=DEVICE)
