@@ -53,16 +53,11 @@ def _hopper(device: torch.device) -> dict[str, tuple[Callable, Callable]]:
         from .kernels_hidden import fits as hidden_fits
         from .kernels_hidden import hidden_gradient
         from .kernels_up import fits, up_rows
-        from .kernels_weight import fits as weight_fits
         from .kernels_weight import new_weight_gradient
     except Exception:
         logger.debug("The kernels in Gluon do not load with this Triton; kernels_gemm.py's run.", exc_info=True)
         return {}
-    return {
-        "up": (fits, up_rows),
-        "hidden": (hidden_fits, hidden_gradient),
-        "weight": (weight_fits, new_weight_gradient),
-    }
+    return {"up": (fits, up_rows), "hidden": (hidden_fits, hidden_gradient), "weight": (fits, new_weight_gradient)}
 
 
 def _specialised(name: str, tile: Tile, x: Tensor, *rest) -> Tensor | tuple[Tensor, ...] | None:
@@ -188,14 +183,13 @@ def _experts_backward(
     dy: Tensor, x: Tensor, top_k_weights: Tensor, gate_up: Tensor, down: Tensor, h: Tensor, packed: Tensor,
     act: str, batch_invariant: bool, need_x: bool, need_gate_up: bool, need_down: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`_backward` into new memory."""
     needs = need_x, need_gate_up, need_down
     return _backward(dy, x, top_k_weights, gate_up, down, h, packed, None, None, act, batch_invariant, *needs)
 
 
 @_experts_backward.register_fake
-def _(
-    dy, x, top_k_weights, gate_up, down, h, packed, act, batch_invariant, need_x, need_gate_up, need_down,
-):  # fmt: skip
+def _(dy, x, top_k_weights, gate_up, down, h, packed, act, batch_invariant, need_x, need_gate_up, need_down):
     return _gradients_like(x, top_k_weights, need_x, gate_up if need_gate_up else None, down if need_down else None)
 
 

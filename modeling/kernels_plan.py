@@ -74,12 +74,11 @@ def _read(ids_ptr, i, end, E):
 
 
 @triton.jit
-def _store_tiles(
-    totals, group, starts_ptr, tile_expert_ptr, tile_row_ptr, E, TILE, GROUP: tl.constexpr,
-):  # fmt: skip
-    """Starts and tiles of the GROUP experts of one group; totals: the rows of every expert, zeros behind the last."""
+def _store_tiles(totals, group, starts_ptr, tile_expert_ptr, tile_row_ptr, E, TILE, GROUP: tl.constexpr):
+    """Starts and tiles of the GROUP experts of one group; totals: the rows of every expert, then anything."""
     experts = group * GROUP + tl.arange(0, GROUP)
     every = tl.arange(0, totals.shape[0])
+    totals = tl.where(every < E, totals, 0)
     each = (totals + TILE - 1) // TILE
     lower = every[None, :] < experts[:, None]
     same = every[None, :] == experts[:, None]
@@ -116,7 +115,6 @@ def _place_few_kernel(
     if tl.program_id(0) < groups:
         every = tl.arange(0, MOST)
         totals = tl.histogram(_read(ids_ptr, every, M, E), EP, mask=every < M)
-        totals = tl.where(tl.arange(0, EP) < E, totals, 0)
         _store_tiles(totals, tl.program_id(0), starts_ptr, tile_expert_ptr, tile_row_ptr, E, TILE, GROUP)
     else:
         i = (tl.program_id(0) - groups) * IDS + tl.arange(0, IDS)
@@ -164,8 +162,7 @@ def _place_kernel(
     """Place the rows of one split; behind the splits come programs that write the tiles of GROUP experts each."""
     splits = tl.cdiv(M, IDS)
     s = tl.program_id(0)
-    every = tl.arange(0, EP)
-    totals = tl.where(every < E, tl.load(totals_ptr + every), 0)
+    totals = tl.load(totals_ptr + tl.arange(0, EP))
     if s >= splits:
         _store_tiles(totals, s - splits, starts_ptr, tile_expert_ptr, tile_row_ptr, E, TILE, GROUP)
     else:

@@ -11,7 +11,6 @@ from torch import Tensor
 from .kernels_gemm import Tile, halves, multiprocessors
 from .kernels_plan import Plan
 from .kernels_up import after, before, begin_store
-from .kernels_up import fits as up_fits
 from .kernels_wide import LARGE, begin_copy, box_layout, ragged
 
 try:  # inside `try`, or the Hub loader refuses the whole model where Triton is missing
@@ -128,14 +127,8 @@ def _weight_kernel(
     )  # fmt: skip
 
 
-def fits(a: Tensor, tile: Tile) -> bool:
-    """Whether the kernel may take the place of such a tile of rows [M, H]; that the device is a Hopper, callers have
-    seen."""
-    return up_fits(a, tile)
-
-
 def new_weight_gradient(a: Tensor, b: Tensor, plan: Plan, E: int, tile: Tile) -> Tensor:
-    """As kernels_gemm.weight_gradient into new memory, bit for bit, with a tile of 128 x 256 that `fits`."""
+    """As kernels_gemm.weight_gradient into new memory, bit for bit, with a tile of 128 x 256 that kernels_up.fits."""
     H, W = a.shape[1], b.shape[1]
     if not len(a):
         return a.new_zeros((E, H, W))

@@ -202,7 +202,7 @@ def compile_all(name: str):
     if name == "sm_90":
         up, hidden, weight = (modules[f"kernels_{name}"] for name in ("up", "hidden", "weight"))
         kernels = {"up": (up.fits, up.up_rows), "hidden": (hidden.fits, hidden.hidden_gradient)}
-        kernels["weight"] = weight.fits, weight.new_weight_gradient
+        kernels["weight"] = up.fits, weight.new_weight_gradient
         moe._hopper = lambda device: kernels
         logging.basicConfig()
         moe.logger.setLevel("DEBUG")  # why something does not compile

@@ -193,7 +193,7 @@ def test_gpu_hidden_gives_the_bits_of_the_kernels_that_it_replaces(N, D, F, E, K
     ],
 )  # fmt: skip
 def test_gpu_weight_gives_the_bits_of_the_kernel_that_it_replaces(N, H, W, E, K, kind, dtype, monkeypatch):
-    """As of the up projection; experts of no row, of less rows than a stage has, and of less stages than there are."""
+    """As of the up projection; experts of no row, of fewer rows than a stage has, of fewer stages than there are."""
     from lamoe.kernels_weight import new_weight_gradient
 
     torch.manual_seed(0)

@@ -69,7 +69,7 @@ def test_a_plan_sorts(routing, kept):
 @pytest.mark.parametrize(
     "M, E",
     [
-        (127, 16),  # ids that a program reads at a time, and one less and more; experts that it places, likewise
+        (127, 16),  # around the ids of a split, the experts of a group, and the ids that are read at a time
         (128, 15),
         (129, 17),
         (1025, 40),
