@@ -33,7 +33,10 @@ except ImportError as error:
         "The Hopper gradient of hidden rows needs a Triton with Gluon for Hopper: pip install 'triton>=3.6'."
     ) from error
 
-COLUMNS, DEPTH, STAGES = 256, 64, 3
+COLUMNS, DEPTH, STAGES = 256, 32, 6
+# From this width on a tile without second rows takes as long as others: multiprocessors that run ahead of one another
+# read weights from memory that their neighbours have in the L2 cache (V3's width: 3.33 ms, not 2.97).
+DEEP = gl.constexpr(4096)
 BLOCK, PIECES = 16, gl.constexpr(4)  # rows of dA that the third warpgroup takes at a time, in pieces of 64 columns
 
 
@@ -52,14 +55,15 @@ def _begin_step(a_desc, w_desc, a_s, w_s, full, slot, row, e, column, k, wanted)
 def _multiply(a_desc, w_desc, a_s, w_s, da_s, full, free, ready, drained, starts_ptr, tile_expert_ptr, tile_row_ptr,
               count, me: gl.constexpr, X: gl.constexpr, ACROSS: gl.constexpr, GROUP: gl.constexpr,
               STAGES: gl.constexpr):  # fmt: skip
-    """A warpgroup: 64 rows of each tile of dA. The first copies for both, up to the next tile's first stages."""
+    """A warpgroup: 64 rows of each tile of dA. The first copies for both, up to the next tile's first stages; the
+    second has nothing to multiply where the expert ends in the first one's rows."""
     ROWS: gl.constexpr = a_s.shape[1]
     DEPTH: gl.constexpr = a_s.shape[2]
     COLUMNS: gl.constexpr = w_s.shape[2]
     STEPS: gl.constexpr = (X + DEPTH - 1) // DEPTH
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     nth = 0
-    across, e, row, _ = row_tile(gl.program_id(0), count, starts_ptr, tile_expert_ptr, tile_row_ptr, ACROSS, GROUP)
+    across, e, row, end = row_tile(gl.program_id(0), count, starts_ptr, tile_expert_ptr, tile_row_ptr, ACROSS, GROUP)
     if me == 0:
         for i in gl.static_range(STAGES):
             _begin_step(a_desc, w_desc, a_s, w_s, full, i, row, e, across * COLUMNS, i * DEPTH,
@@ -68,11 +72,14 @@ def _multiply(a_desc, w_desc, a_s, w_s, da_s, full, free, ready, drained, starts
         slot = nth * STEPS % STAGES
         phase = nth * STEPS // STAGES & 1
         more = t + gl.num_programs(0) < count * ACROSS
-        next_across, next_e, next_row, _ = row_tile(
+        next_across, next_e, next_row, next_end = row_tile(
             t + gl.num_programs(0), count, starts_ptr, tile_expert_ptr, tile_row_ptr, ACROSS, GROUP
         )
         acc = gl.full([ROWS, COLUMNS], 0.0, gl.float32, layout=layout)
-        for step in range(STEPS):
+        steps = STEPS
+        if me == 1 and X < DEEP:
+            steps = gl.where(row + ROWS < end, STEPS, 0)
+        for step in range(steps):
             mbarrier.wait(full.index(slot), phase)
             acc = warpgroup_mma(a_s.index(2 * slot + me), w_s.index(slot), acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=(acc,))
@@ -95,7 +102,12 @@ def _multiply(a_desc, w_desc, a_s, w_s, da_s, full, free, ready, drained, starts
             _begin_step(a_desc, w_desc, a_s, w_s, full, done, next_row, next_e, next_across * COLUMNS,
                         (STAGES - 1) * DEPTH, more)  # fmt: skip
         else:
-            mbarrier.arrive(free.index(done), count=1)
+            mbarrier.arrive(free.index(done), count=1, pred=steps > 0)
+            for _ in range(STEPS - steps):  # what it does not need
+                mbarrier.wait(full.index(slot), phase)
+                barrier()
+                mbarrier.arrive(free.index(slot), count=1)
+                slot, phase = after(slot, phase, STAGES)
         mbarrier.wait(drained.index(me), (nth & 1) ^ 1)
         left, right = halves(acc.to(da_s.dtype))
         piece0, piece1 = halves(left)
@@ -109,6 +121,7 @@ def _multiply(a_desc, w_desc, a_s, w_s, da_s, full, free, ready, drained, starts
         across = next_across
         e = next_e
         row = next_row
+        end = next_end
         nth += 1  # noqa: SIM113 (Gluon has no enumerate)
 
 
@@ -127,10 +140,9 @@ def _pieces(h_ptr, r, end, columns, F: gl.constexpr):
 
 
 @gluon.jit
-def _row_weights(order_ptr, weights_ptr, r, end):
-    """The flat index of each row, and its router weight."""
-    flat = gl.load(order_ptr + r, mask=r < end, other=0).to(gl.int64)
-    return flat, gl.load(weights_ptr + flat, mask=r < end, other=0.0)
+def _flat(order_ptr, r, end):
+    """The flat index of each row; 0 behind the expert's last."""
+    return gl.load(order_ptr + r, mask=r < end, other=0).to(gl.int64)
 
 
 @gluon.jit
@@ -138,7 +150,7 @@ def _differentiate(da_s, ready, drained, h_ptr, weights_ptr, order_ptr, dh_ptr, 
                    tile_expert_ptr, tile_row_ptr, count, F: gl.constexpr, ACROSS: gl.constexpr, GROUP: gl.constexpr,
                    ACT: gl.constexpr):  # fmt: skip
     """The warpgroup that makes dh of each tile of dA, a block of rows at a time, with what was saved of the next block
-    already on its way."""
+    already on its way, and the indices of the one after that."""
     BLOCK: gl.constexpr = da_s.shape[1]
     WIDTH: gl.constexpr = da_s.shape[2]
     BLOCKS: gl.constexpr = 64 // BLOCK  # of one of the other warpgroups
@@ -149,23 +161,30 @@ def _differentiate(da_s, ready, drained, h_ptr, weights_ptr, order_ptr, dh_ptr, 
     nth = 0
     across, _, row, end = row_tile(gl.program_id(0), count, starts_ptr, tile_expert_ptr, tile_row_ptr, ACROSS, GROUP)
     coming = _pieces(h_ptr, row + i, end, across * PIECES * WIDTH + c, F)
-    coming_flat, coming_weight = _row_weights(order_ptr, weights_ptr, row + i, end)
+    coming_flat = _flat(order_ptr, row + i, end)
+    coming_weight = gl.load(weights_ptr + coming_flat, mask=row + i < end, other=0.0)
+    later_flat = _flat(order_ptr, row + BLOCK + i, end)  # of the block after the next
     for t in range(gl.program_id(0), count * ACROSS, gl.num_programs(0)):
         next_across, _, next_row, next_end = row_tile(
             t + gl.num_programs(0), count, starts_ptr, tile_expert_ptr, tile_row_ptr, ACROSS, GROUP
         )
+        columns = across * PIECES * WIDTH + c
         for block in range(2 * BLOCKS):
             me = block // BLOCKS
-            r = row + i
+            r = row + block * BLOCK + i
             live = r < end
-            columns = across * PIECES * WIDTH + c
             saved = coming
             flat = coming_flat
             weight = coming_weight.to(gl.float32)[:, None]
             last = block == 2 * BLOCKS - 1
-            row = gl.where(last, next_row, row + BLOCK)
-            end = gl.where(last, next_end, end)
-            coming = _pieces(h_ptr, row + i, end, gl.where(last, next_across, across) * PIECES * WIDTH + c, F)
+            next_r = gl.where(last, next_row, row + (block + 1) * BLOCK) + i
+            r_end = gl.where(last, next_end, end)
+            coming = _pieces(h_ptr, next_r, r_end, gl.where(last, next_across, across) * PIECES * WIDTH + c, F)
+            coming_flat = later_flat
+            coming_weight = gl.load(weights_ptr + coming_flat, mask=next_r < r_end, other=0.0)
+            of_next = block >= 2 * BLOCKS - 2
+            later_r = gl.where(of_next, next_row - 2 * BLOCKS * BLOCK, row) + (block + 2) * BLOCK + i
+            later_flat = _flat(order_ptr, later_r, gl.where(of_next, next_end, end))
             mbarrier.wait(ready.index(me), nth & 1, pred=block % BLOCKS == 0)
             total = gl.full([BLOCK, WIDTH], 0.0, gl.float32, layout=layout)
             for piece in gl.static_range(PIECES):
@@ -184,8 +203,9 @@ def _differentiate(da_s, ready, drained, h_ptr, weights_ptr, order_ptr, dh_ptr, 
                 barrier()  # all have read
                 mbarrier.arrive(drained.index(me), count=1)
             gl.store(parts_ptr + flat * ACROSS + across, gl.sum(total, axis=1), mask=live)
-            coming_flat, coming_weight = _row_weights(order_ptr, weights_ptr, row + i, end)
         across = next_across
+        row = next_row
+        end = next_end
         nth += 1  # noqa: SIM113
 
 
@@ -200,7 +220,7 @@ def _hidden_kernel(
     dtype: gl.constexpr = dh_ptr.dtype.element_ty
     ACROSS: gl.constexpr = (F + COLUMNS - 1) // COLUMNS
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    a_s = gl.allocate_shared_memory(dtype, [2 * STAGES, 64, DEPTH], layout)
+    a_s = gl.allocate_shared_memory(dtype, [2 * STAGES, 64, DEPTH], gl.NVMMASharedLayout(2 * DEPTH, 16, 2))
     w_s = gl.allocate_shared_memory(dtype, [STAGES, DEPTH, COLUMNS], layout)
     da_s = gl.allocate_shared_memory(dtype, [2 * PIECES, 64, COLUMNS // PIECES], layout)
     blocks = reinterpreted(da_s, [2 * PIECES * 64 // BLOCK, BLOCK, COLUMNS // PIECES], layout)
@@ -270,7 +290,7 @@ def hidden_gradient(
     across = triton.cdiv(F, COLUMNS)
     parts = dy_MD.new_empty((M, across), dtype=torch.float32)
     _hidden_kernel[(multiprocessors(dy_MD),)](
-        TensorDescriptor.from_tensor(dy_MD, [64, DEPTH], box_layout(2)),
+        TensorDescriptor.from_tensor(dy_MD, [64, DEPTH], box_layout(2, DEPTH)),
         TensorDescriptor.from_tensor(down_EDF, [1, DEPTH, COLUMNS], box_layout(3)),
         h, top_k_weights, dh, a, parts, plan.order, plan.starts, plan.tile_expert, plan.tile_row,
         plan.tiles, X=D, F=F, ACT=act, COLUMNS=COLUMNS, DEPTH=DEPTH, BLOCK=BLOCK, GROUP=tile.group,

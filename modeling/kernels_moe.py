@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .kernels_decode import VectorTile, swapped_experts, vector_experts
-from .kernels_gemm import PAD, Tile, act_gradient, gated_rows, plain_rows, turned, weight_gradient
+from .kernels_gemm import PAD, Tile, act_gradient, gated_rows, narrow_last, plain_rows, turned, weight_gradient
 from .kernels_launch import differentiable, is_hopper, optional_kernel
 from .kernels_plan import Plan, combine, expert_sums, make_plan, pack, plan_size, spread, unpack
 from .kernels_tiles import few_rows, invariant_tiles, tiles_for
@@ -96,8 +96,9 @@ def gated_gradient(
 def expert_gradient(a: Tensor, b: Tensor, plan: Plan, E: int, into: Tensor | None, tile: Tile) -> Tensor:
     """`weight_gradient`, by whichever kernel is the faster."""
     quick = None
-    if into is None and turned(a.shape[1], b.shape[1], tile) == tile:
-        quick = _specialised("weight", tile, a, b, plan, E)
+    narrow = narrow_last(a, b, E, tile)
+    if into is None and (narrow or turned(a.shape[1], b.shape[1], tile) == tile):
+        quick = _specialised("weight", tile, a, b, plan, E, narrow)
     return weight_gradient(a, b, plan, E, into, tile) if quick is None else quick
 
 

@@ -29,7 +29,7 @@ except ImportError as error:
         "The Hopper weight gradient needs a Triton with Gluon for Hopper: pip install 'triton>=3.6'."
     ) from error
 
-COLUMNS, DEPTH, STAGES = 256, 64, 4
+COLUMNS, DEPTH, STAGES = 256, 32, 8
 
 
 @gluon.jit
@@ -63,45 +63,74 @@ def _copy(a_desc, b_desc, a_s, b_s, full, free, starts_ptr, E, DOWN: gl.constexp
 
 
 @gluon.jit
-def _multiply(a_s, b_s, places, full, free, dw_desc, starts_ptr, E, me: gl.constexpr, DOWN: gl.constexpr,
-              ACROSS: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    """A warpgroup: 64 rows of each tile."""
-    DEPTH: gl.constexpr = a_s.shape[1]
+def _store(x, place, desc, e, row, column):
+    """Begin to store a piece through a place, once what was there has been read."""
+    tma.store_wait(1)
+    place.store(x)
+    fence_async_shared()
+    begin_store(desc, [e, row, column], place)
+
+
+@gluon.jit
+def _product(a_s, b_s, places, full, free, dw_desc, e, row, column, start, end, slot, phase, me: gl.constexpr,
+             WIDTH: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """A warpgroup's 64 rows of a tile, WIDTH columns of it, and their store; the next stage, and its phase."""
     HALF: gl.constexpr = a_s.shape[2]
-    COLUMNS: gl.constexpr = b_s.shape[2]
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
-    slot = 0
-    phase = 0
-    for t in range(gl.program_id(0), E * DOWN * ACROSS, gl.num_programs(0)):
-        e, i, j, start, end = _tile(t, starts_ptr, DOWN, ACROSS)
-        acc = gl.full([HALF, COLUMNS], 0.0, gl.float32, layout=layout)
-        for k in range(start, end, DEPTH):
-            mbarrier.wait(full.index(slot), phase)
-            acc = warpgroup_mma(a_s.index(2 * slot + me).permute((1, 0)), b_s.index(slot), acc, is_async=True)
-            acc = warpgroup_mma_wait(1, deps=(acc,))
-            mbarrier.arrive(free.index(before(slot, STAGES)), count=1, pred=k > start)
-            slot, phase = after(slot, phase, STAGES)
-        acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(free.index(before(slot, STAGES)), count=1, pred=end > start)
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    acc = gl.full([HALF, WIDTH], 0.0, gl.float32, layout=layout)
+    for k in range(start, end, a_s.shape[1]):
+        mbarrier.wait(full.index(slot), phase)
+        b = b_s.index(slot)
+        if b_s.shape[2] > WIDTH:
+            b = b.slice(0, WIDTH, dim=1)
+        acc = warpgroup_mma(a_s.index(2 * slot + me).permute((1, 0)), b, acc, is_async=True)
+        acc = warpgroup_mma_wait(1, deps=(acc,))
+        mbarrier.arrive(free.index(before(slot, STAGES)), count=1, pred=k > start)
+        slot, phase = after(slot, phase, STAGES)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    mbarrier.arrive(free.index(before(slot, STAGES)), count=1, pred=end > start)
+    PIECES: gl.constexpr = WIDTH // places.shape[2]
+    if PIECES == 4:
         left, right = halves(acc.to(places.dtype))
         for side in gl.static_range(2):
             first, second = halves(left if side == 0 else right)
             for part in gl.static_range(2):
-                place = places.index(part)
-                tma.store_wait(1)  # what was there has been read
-                place.store(first if part == 0 else second)
-                fence_async_shared()
-                column = j * COLUMNS + (2 * side + part) * first.shape[1]
-                begin_store(dw_desc, [e, (2 * i + me) * HALF, column], place)
+                _store(first if part == 0 else second, places.index(part), dw_desc, e, row,
+                       column + (2 * side + part) * places.shape[2])  # fmt: skip
+    else:
+        first, second = halves(acc.to(places.dtype))
+        _store(first, places.index(0), dw_desc, e, row, column)
+        _store(second, places.index(1), dw_desc, e, row, column + places.shape[2])
+    return slot, phase
+
+
+@gluon.jit
+def _multiply(a_s, b_s, places, full, free, dw_desc, starts_ptr, E, me: gl.constexpr, DOWN: gl.constexpr,
+              ACROSS: gl.constexpr, NARROW: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """A warpgroup: 64 rows of each tile."""
+    HALF: gl.constexpr = a_s.shape[2]
+    COLUMNS: gl.constexpr = b_s.shape[2]
+    slot = 0
+    phase = 0
+    for t in range(gl.program_id(0), E * DOWN * ACROSS, gl.num_programs(0)):
+        e, i, j, start, end = _tile(t, starts_ptr, DOWN, ACROSS)
+        row = (2 * i + me) * HALF
+        if NARROW and j == ACROSS - 1:
+            slot, phase = _product(a_s, b_s, places, full, free, dw_desc, e, row, j * COLUMNS, start, end, slot, phase,
+                                   me, COLUMNS // 2, STAGES)  # fmt: skip
+        else:
+            slot, phase = _product(a_s, b_s, places, full, free, dw_desc, e, row, j * COLUMNS, start, end, slot, phase,
+                                   me, COLUMNS, STAGES)  # fmt: skip
     tma.store_wait(0)
 
 
 @gluon.jit
 def _weight_kernel(
-    a_desc, b_desc, dw_desc, starts_ptr, E, H: gl.constexpr, W: gl.constexpr, COLUMNS: gl.constexpr,
-    DEPTH: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
+    a_desc, b_desc, dw_desc, starts_ptr, E, H: gl.constexpr, W: gl.constexpr, NARROW: gl.constexpr,
+    COLUMNS: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """dW[e] = a[rows of e].T b[rows of e], of a [M, H] and b [M, W]; zeros where e has no rows; persistent."""
+    """dW[e] = a[rows of e].T b[rows of e], of a [M, H] and b [M, W]; zeros where e has no rows; persistent. NARROW:
+    the last columns are a tile of half the width."""
     dtype: gl.constexpr = dw_desc.dtype
     DOWN: gl.constexpr = (H + 127) // 128
     ACROSS: gl.constexpr = (W + COLUMNS - 1) // COLUMNS
@@ -118,8 +147,8 @@ def _weight_kernel(
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_multiply, (a_s, b_s, places0, full, free, dw_desc, starts_ptr, E, 0, DOWN, ACROSS, STAGES)),
-            (_multiply, (a_s, b_s, places1, full, free, dw_desc, starts_ptr, E, 1, DOWN, ACROSS, STAGES)),
+            (_multiply, (a_s, b_s, places0, full, free, dw_desc, starts_ptr, E, 0, DOWN, ACROSS, NARROW, STAGES)),
+            (_multiply, (a_s, b_s, places1, full, free, dw_desc, starts_ptr, E, 1, DOWN, ACROSS, NARROW, STAGES)),
             (_copy, (a_desc, b_desc, a_s, b_s, full, free, starts_ptr, E, DOWN, ACROSS, STAGES)),
         ],
         [4, 4],
@@ -127,8 +156,11 @@ def _weight_kernel(
     )  # fmt: skip
 
 
-def new_weight_gradient(a: Tensor, b: Tensor, plan: Plan, E: int, tile: Tile) -> Tensor:
-    """As kernels_gemm.weight_gradient into new memory, bit for bit, with a tile of 128 x 256 that kernels_up.fits."""
+def new_weight_gradient(a: Tensor, b: Tensor, plan: Plan, E: int, narrow: bool, tile: Tile) -> Tensor:
+    """As kernels_gemm.weight_gradient into new memory, bit for bit, with a tile of 128 x 256 that kernels_up.fits.
+
+    `narrow`: the last columns, at most 128, are a tile of half the width.
+    """
     H, W = a.shape[1], b.shape[1]
     if not len(a):
         return a.new_zeros((E, H, W))
@@ -136,6 +168,6 @@ def new_weight_gradient(a: Tensor, b: Tensor, plan: Plan, E: int, tile: Tile) ->
     _weight_kernel[(multiprocessors(a),)](
         TensorDescriptor.from_tensor(a, [DEPTH, 64], box_layout(2)), ragged(b, DEPTH, COLUMNS),
         TensorDescriptor.from_tensor(dw, [1, 64, COLUMNS // 4], box_layout(3)),
-        plan.starts, E, H=H, W=W, COLUMNS=COLUMNS, DEPTH=DEPTH, STAGES=STAGES, num_warps=4,
+        plan.starts, E, H=H, W=W, NARROW=narrow, COLUMNS=COLUMNS, DEPTH=DEPTH, STAGES=STAGES, num_warps=4,
     )  # fmt: skip
     return dw

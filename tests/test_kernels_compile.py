@@ -208,8 +208,8 @@ def compile_all(name: str):
         moe.logger.setLevel("DEBUG")  # why something does not compile
         for dtype, D, F, act, train in (
             (torch.bfloat16, 2048, 1408, "silu", True), (torch.bfloat16, 2048, 1408, "silu", False),
-            (torch.float16, 144, 72, "gelu", True), (torch.bfloat16, 64, 64, "relu", False),
-            (torch.bfloat16, 2880, 2880, "gelu_tanh", True),
+            (torch.float16, 176, 72, "gelu", True), (torch.bfloat16, 64, 64, "relu", False),
+            (torch.bfloat16, 2880, 2880, "gelu_tanh", True), (torch.bfloat16, 4096, 1408, "silu", True),
         ):  # fmt: skip
             context.update(dtype=str(dtype)[6:], case=f"in Gluon, {D} x {F}, {act}, train {train}")
             experts(dtype, 8192, D=D, F=F, train=train, activation=act)

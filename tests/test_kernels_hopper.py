@@ -2,6 +2,7 @@
 they replace."""
 
 import importlib
+import itertools
 import re
 import sys
 
@@ -61,16 +62,26 @@ def test_a_triton_without_gluon_for_hopper(load, monkeypatch, missing, name, wha
 
 
 def test_tiles_that_fit(load):
-    x = torch.empty(1, 136, dtype=torch.bfloat16)
+    x = torch.empty(1, 168, dtype=torch.bfloat16)
     for (fits, _), tile in zip(load().values(), (UP, DA, DW), strict=True):
         assert fits(x, tile) and fits(x.half(), tile)
         assert not fits(x.float(), tile) and not fits(x, tile._replace(specialised=False))
     (up_fits, _), (hidden_fits, _), _ = load().values()
-    assert up_fits(x[:, :128], UP) and not hidden_fits(x[:, :128], DA)  # fewer steps than stages
+    assert up_fits(x[:, :160], UP) and not hidden_fits(x[:, :160], DA)  # fewer steps than stages
     for row in (*TABLE.values(), CDNA, FLOAT32, INTERPRETER):
         for _, _, tiles in row.tiles:
             for tile in tiles:
                 assert not tile.specialised or (tile.rows, tile.columns, tile.depth) == (128, 256, 64)
+
+
+@pytest.mark.parametrize(
+    "rows, width, expected",
+    [(64, 1408, True), (64, 1280, False), (64, 1416, False), (1213, 1408, True), (1214, 1408, False)],
+)
+def test_when_the_last_columns_are_half_a_tile(rows, width, expected):
+    """At most 128 of a tile's 256, and of an expert no more rows than 8 MiB."""
+    a, b = (torch.empty(4 * rows, X, dtype=torch.bfloat16, device="meta") for X in (2048, width))
+    assert kernels_gemm.narrow_last(a, b, 4, DW) == expected
 
 
 def test_a_kernel_that_does_not_compile_is_tried_once(monkeypatch):
@@ -152,10 +163,11 @@ def test_gpu_up_gives_the_bits_of_the_kernel_that_it_replaces(N, D, F, E, K, kin
 @pytest.mark.parametrize(
     "N, D, F, E, K, kind, dtype",
     [
-        (3000, 2048, 1408, 8, 6, "uniform", torch.bfloat16), (333, 144, 272, 5, 2, "uniform", torch.float16),
+        (3000, 2048, 1408, 8, 6, "uniform", torch.bfloat16), (333, 184, 272, 5, 2, "uniform", torch.float16),
         (200, 192, 72, 4, 1, "one expert", torch.bfloat16), (500, 256, 128, 6, 4, "sentinels", torch.bfloat16),
-        (64, 136, 128, 3, 2, "nobody", torch.bfloat16), (1, 256, 264, 2, 1, "uniform", torch.bfloat16),
-        (20000, 136, 520, 3, 2, "sentinels", torch.bfloat16), (9000, 200, 256, 60, 4, "uniform", torch.float16),
+        (64, 168, 128, 3, 2, "nobody", torch.bfloat16), (1, 256, 264, 2, 1, "uniform", torch.bfloat16),
+        (20000, 168, 520, 3, 2, "sentinels", torch.bfloat16), (9000, 200, 256, 60, 4, "uniform", torch.float16),
+        (900, 4104, 264, 6, 2, "uniform", torch.bfloat16),
     ],
 )  # fmt: skip
 def test_gpu_hidden_gives_the_bits_of_the_kernels_that_it_replaces(N, D, F, E, K, kind, dtype, act, monkeypatch):
@@ -185,7 +197,7 @@ def test_gpu_hidden_gives_the_bits_of_the_kernels_that_it_replaces(N, D, F, E, K
 @pytest.mark.parametrize(
     "N, H, W, E, K, kind, dtype",
     [
-        (3000, 1408, 2048, 8, 6, "uniform", torch.bfloat16), (333, 144, 272, 5, 2, "uniform", torch.float16),
+        (3000, 2048, 1408, 8, 6, "uniform", torch.bfloat16), (333, 144, 272, 5, 2, "uniform", torch.float16),
         (200, 64, 72, 4, 1, "one expert", torch.bfloat16), (500, 192, 128, 6, 4, "sentinels", torch.bfloat16),
         (64, 136, 128, 3, 2, "nobody", torch.bfloat16), (1, 256, 264, 2, 1, "uniform", torch.bfloat16),
         (20000, 136, 520, 3, 2, "sentinels", torch.bfloat16), (900, 200, 520, 60, 4, "uniform", torch.float16),
@@ -193,7 +205,8 @@ def test_gpu_hidden_gives_the_bits_of_the_kernels_that_it_replaces(N, D, F, E, K
     ],
 )  # fmt: skip
 def test_gpu_weight_gives_the_bits_of_the_kernel_that_it_replaces(N, H, W, E, K, kind, dtype, monkeypatch):
-    """As of the up projection; experts of no row, of fewer rows than a stage has, of fewer stages than there are."""
+    """As of the up projection; experts of no row, of fewer rows than a stage has, of fewer stages than there are; the
+    last columns as a whole tile, or as half of one where they fit."""
     from lamoe.kernels_weight import new_weight_gradient
 
     torch.manual_seed(0)
@@ -204,8 +217,8 @@ def test_gpu_weight_gives_the_bits_of_the_kernel_that_it_replaces(N, H, W, E, K,
     a[real + kernels_gemm.PAD :] = float("nan")
     b[:real] = torch.randn(real, W, device="cuda", dtype=dtype)
     expected = kernels_gemm.weight_gradient(a, b, plan, E, None, DW)
-    for _ in range(10):
-        assert torch.equal(new_weight_gradient(a, b, plan, E, DW), expected)
+    for _, narrow in itertools.product(range(10), (False, True) if 0 < W % 256 <= 128 else (False,)):
+        assert torch.equal(new_weight_gradient(a, b, plan, E, narrow, DW), expected)
 
 
 @on_hopper
