@@ -17,7 +17,16 @@ from torch import Tensor
 
 from .float8 import FLOAT8, scales_of
 from .kernels_gemm import dot_precision, multiprocessors, row_of
-from .kernels_launch import await_kernels, await_kernels_alone, is_hopper, optional_kernel, overlapping
+from .kernels_launch import (
+    await_kernels,
+    await_kernels_alone,
+    cdiv,
+    is_hopper,
+    next_power_of_2,
+    operator,
+    optional_kernel,
+    overlapping,
+)
 
 try:  # inside `try`, or the Hub loader refuses the whole model where Triton is missing
     import triton
@@ -29,7 +38,6 @@ except ImportError as error:
     ) from error
 
 logger = logging.getLogger(__name__)
-_NAMESPACE = __name__.replace(".", "_")  # two revisions of a checkpoint may share a process
 _INTERPRETED = triton.knobs.runtime.interpret  # the kernels below run in Python, on CPU tensors
 _LOG2E = 1.4426950408889634
 _MOST_SPLITS = 128
@@ -366,15 +374,15 @@ def tile_for(
         return tiles.few_long if long else tiles.few
     tile = tiles.many if rows > 32 else tiles.some
     # of many rows a program needs many keys to be worth its start: too few of both leave the device idle
-    busy = max(B, 1) * triton.cdiv(rows, tile.rows) * (S // (2 * tile.keys))
+    busy = max(B, 1) * cdiv(rows, tile.rows) * (S // (2 * tile.keys))
     return tile if batch_invariant or tile.rows <= 32 or 2 * busy >= programs else tiles.few
 
 
 def _splits(x: Tensor, tile: Tile, B: int, rows: int, S: int, batch_invariant: bool) -> int:
     """Programs among which the S slots of a sequence are split: one wave of the device, at least two tiles each."""
     if batch_invariant:
-        return max(triton.cdiv(S, INVARIANT_KEYS), 1)
-    programs = max(B, 1) * triton.cdiv(rows, tile.rows)
+        return max(cdiv(S, INVARIANT_KEYS), 1)
+    programs = max(B, 1) * cdiv(rows, tile.rows)
     return max(1, min(multiprocessors(x) // programs, S // (2 * tile.keys), _MOST_SPLITS))
 
 
@@ -418,35 +426,34 @@ def split_decode(
     to = q.new_empty((H, B, T, splits, C), dtype=torch.float32) if parts else q.new_empty((H, B, T, C))
     masses = q.new_empty((H, B, T, splits, 2), dtype=torch.float32) if parts else lse
     RH = R if k1 is None else R // 2
-    RP = max(16, triton.next_power_of_2(RH))
+    RP = max(16, next_power_of_2(RH))
     halves = (c0, c1, k0, k1)
     size = INVARIANT_KEYS if batch_invariant else 0
     rows_b = c0.stride(0) // c0.stride(-2) if table is None else 0
     slots = len(c0) if table is not None else (B - 1) * rows_b + c0.shape[1]
     one_grid = tile.copied and _one_grid(halves, rows_b)
     wide = _wide(q.device) if tile.rows == 64 and one_grid and starts is None and R <= 64 else []
-    with torch.cuda.device_of(q):
-        if wide and wide[0](c0.dtype, C, RH, page):
-            scale = scaling * _LOG2E
-            with optional_kernel("wide", wide.clear, logger):
-                wide[1](q, r, halves, slots, table, lengths, seen, to, masses, scale, splits, rows_b, page, size)
-                return to, masses, lse, splits
-        copied = one_grid and RH in (0, RP) and page % tile.keys == 0
-        boxes = [_ragged(half, slots, tile.keys) if copied else None for half in halves]
-        _decode_kernel[(triton.cdiv(H * T, tile.rows), splits, B)](
-            q, r, *halves, *boxes, scales, table, starts, lengths, seen, to, masses, scaling * _LOG2E, splits, rows_b,
-            *q.stride()[:3], *r.stride()[:3], c0.stride(0), c0.stride(-2), k0.stride(0), k0.stride(-2),
-            *((0, 0) if scales is None else scales.stride()),
-            0 if table is None or starts is not None else table.stride(0), 0 if seen is None else seen.stride(0),
-            H=H, T=T, CH=C // 2, RH=RH, RP=RP, K1=k1 is not None, PAGE=page, FLAT=starts is not None,
-            SEEN=seen is not None, SIZE=size, PARTS=parts, PRECISION=dot_precision(q.dtype), ROWS=tile.rows,
-            KEYS=tile.keys, STAGES=tile.stages, TRANSPOSED=tile.transposed, COPIED=copied,
-            PTX=q.itemsize == 2 and has_ptx(q), num_warps=tile.warps, **overlapping(q),
-        )  # fmt: skip
+    if wide and wide[0](c0.dtype, C, RH, page):
+        scale = scaling * _LOG2E
+        with optional_kernel("wide", wide.clear, logger):
+            wide[1](q, r, halves, slots, table, lengths, seen, to, masses, scale, splits, rows_b, page, size)
+            return to, masses, lse, splits
+    copied = one_grid and RH in (0, RP) and page % tile.keys == 0
+    boxes = [_ragged(half, slots, tile.keys) if copied else None for half in halves]
+    _decode_kernel[(cdiv(H * T, tile.rows), splits, B)](
+        q, r, *halves, *boxes, scales, table, starts, lengths, seen, to, masses, scaling * _LOG2E, splits, rows_b,
+        *q.stride()[:3], *r.stride()[:3], c0.stride(0), c0.stride(-2), k0.stride(0), k0.stride(-2),
+        *((0, 0) if scales is None else scales.stride()),
+        0 if table is None or starts is not None else table.stride(0), 0 if seen is None else seen.stride(0),
+        H=H, T=T, CH=C // 2, RH=RH, RP=RP, K1=k1 is not None, PAGE=page, FLAT=starts is not None,
+        SEEN=seen is not None, SIZE=size, PARTS=parts, PRECISION=dot_precision(q.dtype), ROWS=tile.rows,
+        KEYS=tile.keys, STAGES=tile.stages, TRANSPOSED=tile.transposed, COPIED=copied,
+        PTX=q.itemsize == 2 and has_ptx(q), num_warps=tile.warps, **overlapping(q),
+    )  # fmt: skip
     return to, masses, lse, splits
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::latent_decode", mutates_args=())
+@operator("latent_decode")
 def _latent_decode(
     q: Tensor, r: Tensor, c0: Tensor, c1: Tensor, k0: Tensor, k1: Tensor | None, lengths: Tensor, seen: Tensor | None,
     table: Tensor | None, starts: Tensor | None, page: int, longest: int, scaling: float, batch_invariant: bool,
@@ -465,12 +472,11 @@ def _latent_decode(
         return to, lse
     out, C = q.new_empty(q.shape), q.shape[3]
     # the order of a sum depends on how many are added at once, and the number of splits on the longest sequence
-    at_once = 16 if batch_invariant else triton.next_power_of_2(splits)
+    at_once = 16 if batch_invariant else next_power_of_2(splits)
     block = min(C, 4096 // at_once)
-    with torch.cuda.device_of(q):
-        _merge_kernel[(lse.numel(), C // block)](
-            to, masses, out, lse, splits, C=C, BLOCK=block, AT_ONCE=at_once, **overlapping(q)
-        )
+    _merge_kernel[(lse.numel(), C // block)](
+        to, masses, out, lse, splits, C=C, BLOCK=block, AT_ONCE=at_once, **overlapping(q)
+    )
     return out, lse
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .kernels_gemm import activation_and_slope, dot_precision, load_columns
-from .kernels_launch import await_kernels, overlapping
+from .kernels_launch import await_kernels, cdiv, overlapping
 from .kernels_plan import make_plan, most_tiles, tile_of, unpack
 
 try:  # inside `try`, or the Hub loader refuses the whole model where Triton is missing
@@ -220,14 +220,14 @@ def vector_experts(
     M = N * K
     s_gate, s_up, s_down = shared_weights or (None, None, None)
     S = 0 if s_gate is None else len(s_gate)
-    rows = M + N * triton.cdiv(S, F)
+    rows = M + N * cdiv(S, F)
     a, out = x.new_empty((rows, F)), torch.empty_like(x)
-    _vector_up_kernel[(triton.cdiv(F, up_tile.rows), rows)](
+    _vector_up_kernel[(cdiv(F, up_tile.rows), rows)](
         x, gate_up, top_k_index, s_gate, s_up, a, M, E,
         D=D, F=F, K=K, S=S, ACT=act, ROWS=up_tile.rows, DEPTH=up_tile.depth, num_warps=up_tile.warps,
         **overlapping(x),
     )  # fmt: skip
-    _vector_down_kernel[(triton.cdiv(D, down_tile.rows), N)](
+    _vector_down_kernel[(cdiv(D, down_tile.rows), N)](
         a, down, top_k_index, top_k_weights, s_down, shared, out, M, E, D=D, F=F, K=K, S=S, SHARED=shared is not None,
         ROWS=down_tile.rows, DEPTH=down_tile.depth, num_warps=down_tile.warps, **overlapping(x),
     )  # fmt: skip
@@ -244,12 +244,12 @@ def swapped_experts(
     M = N * K
     plan = unpack(make_plan(top_k_index, E, up_tile.tokens, kept=False), M, E)
     most = most_tiles(M, E, up_tile.tokens)
-    across = triton.cdiv(D, down_tile.rows)
+    across = cdiv(D, down_tile.rows)
     a, y, out = x.new_empty((M, F)), x.new_empty((M, D)), torch.empty_like(x)
     done = plan.starts.new_empty(across)
     tiles = (plan.starts, plan.tile_expert, plan.tile_row, plan.tiles)
     precision = dot_precision(x.dtype)
-    _swapped_up_kernel[(most * triton.cdiv(F, up_tile.rows),)](
+    _swapped_up_kernel[(most * cdiv(F, up_tile.rows),)](
         x, TensorDescriptor.from_tensor(gate_up.view(-1, D), [up_tile.rows, up_tile.depth]), a, done, plan.order,
         *tiles, D=D, F=F, K=K, ACT=act, PRECISION=precision, ROWS=up_tile.rows, TOKENS=up_tile.tokens,
         DEPTH=up_tile.depth, STAGES=up_tile.stages, COLUMNS=across, num_warps=up_tile.warps,

@@ -6,13 +6,14 @@ Both round once, where the eager form in recompute.py, which defines the result,
 import torch
 from torch import Tensor
 
+from .kernels_launch import cdiv, operator
+
 try:  # inside `try`, or the Hub loader refuses the whole model where Triton is missing
     import triton
     import triton.language as tl
 except ImportError as error:
     raise ImportError("The fused gate needs Triton: pip install triton.") from error
 
-_NAMESPACE = __name__.replace(".", "_")  # two revisions of a checkpoint may share a process
 _BLOCK = 2048
 
 
@@ -40,13 +41,12 @@ def _gated_gradient_kernel(dout_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, out_p
     tl.store(out_ptr + i, (opened * up).to(out_ptr.dtype.element_ty), mask=i < count)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::gated", mutates_args=())
+@operator("gated")
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) · up of two tensors of one shape, contiguous, in their dtype."""
     out = torch.empty_like(gate)
     if out.numel():
-        with torch.cuda.device_of(gate):
-            _gated_kernel[(triton.cdiv(out.numel(), _BLOCK),)](gate, up, out, out.numel(), BLOCK=_BLOCK, num_warps=4)
+        _gated_kernel[(cdiv(out.numel(), _BLOCK),)](gate, up, out, out.numel(), BLOCK=_BLOCK, num_warps=4)
     return out
 
 
@@ -55,15 +55,14 @@ def _(gate, up):
     return torch.empty_like(gate)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::gated_gradient", mutates_args=())
+@operator("gated_gradient")
 def gated_gradient(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of gate and up for `dout`, and the product itself, which the gradient of a weight behind it needs."""
     dgate, dup, out = (torch.empty_like(gate) for _ in range(3))
     if out.numel():
-        with torch.cuda.device_of(gate):
-            _gated_gradient_kernel[(triton.cdiv(out.numel(), _BLOCK),)](
-                dout, gate, up, dgate, dup, out, out.numel(), BLOCK=_BLOCK, num_warps=4
-            )
+        _gated_gradient_kernel[(cdiv(out.numel(), _BLOCK),)](
+            dout, gate, up, dgate, dup, out, out.numel(), BLOCK=_BLOCK, num_warps=4
+        )
     return dgate, dup, out
 
 

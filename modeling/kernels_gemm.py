@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .kernels_launch import cdiv, next_power_of_2
 from .kernels_plan import Plan, tile_of
 
 try:  # inside `try`, or the Hub loader refuses the whole model where Triton is missing
@@ -334,7 +335,7 @@ def turned(H: int, W: int, tile: Tile) -> Tile:
     """
 
     def covered(tile: Tile) -> int:
-        return triton.cdiv(H, tile.rows) * tile.rows * triton.cdiv(W, tile.columns) * tile.columns
+        return cdiv(H, tile.rows) * tile.rows * cdiv(W, tile.columns) * tile.columns
 
     return min(tile, tile._replace(rows=tile.columns, columns=tile.rows), key=covered)
 
@@ -385,7 +386,7 @@ def act_gradient(
     dh = torch.empty_like(h)
     dw = torch.zeros_like(top_k_weights)
     if M:
-        block = min(triton.next_power_of_2(F), 512)
+        block = min(next_power_of_2(F), 512)
         _act_gradient_kernel[(M,)](
             da, h, top_k_weights, plan.order, plan.starts, dh, dw, E,
             F=F, ACT=act, SCALED=scaled, PAD=PAD, BLOCK=block, num_warps=2,

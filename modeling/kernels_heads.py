@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .kernels_launch import next_power_of_2, operator
+
 try:  # inside `try`, or the Hub loader refuses the whole model where Triton is missing
     import triton
     import triton.language as tl
 except ImportError as error:
     raise ImportError("The fused heads need Triton: pip install triton.") from error
 
-_NAMESPACE = __name__.replace(".", "_")  # two revisions of a checkpoint may share a process
 _HEADS = 16  # that a program takes at a time
 
 
@@ -114,10 +115,10 @@ def _heads_gradient_kernel(
 
 
 def _sizes(P: int, R: int) -> dict[str, int]:
-    return {"HEADS": _HEADS, "PP": triton.next_power_of_2(P), "RP": triton.next_power_of_2(max(R // 2, 1))}
+    return {"HEADS": _HEADS, "PP": next_power_of_2(P), "RP": next_power_of_2(max(R // 2, 1))}
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::heads", mutates_args=())
+@operator("heads")
 def _heads(q: Tensor, kv: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     """query and key [B, T, H, P + R]."""
     B, T, H, width = q.shape
@@ -125,12 +126,11 @@ def _heads(q: Tensor, kv: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleav
     P, V = width - R, kv.shape[-1] - width + R
     query, key = torch.empty_like(q), torch.empty_like(q)
     if B * T:
-        with torch.cuda.device_of(q):
-            _heads_kernel[(B * T,)](
-                q, kv, k, cos, sin, query, key, T, *k.stride()[:2], 0 if len(cos) == 1 else cos.stride(0),
-                cos.stride(1),
-                H=H, P=P, R=R, V=V, INTERLEAVED=interleaved, num_warps=4, **_sizes(P, R),
-            )  # fmt: skip
+        _heads_kernel[(B * T,)](
+            q, kv, k, cos, sin, query, key, T, *k.stride()[:2], 0 if len(cos) == 1 else cos.stride(0),
+            cos.stride(1),
+            H=H, P=P, R=R, V=V, INTERLEAVED=interleaved, num_warps=4, **_sizes(P, R),
+        )  # fmt: skip
     return query, key
 
 
@@ -139,7 +139,7 @@ def _(q, kv, k, cos, sin, interleaved):
     return torch.empty_like(q), torch.empty_like(q)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::heads_gradient", mutates_args=())
+@operator("heads_gradient")
 def _heads_gradient(
     dquery: Tensor, dkey: Tensor, dvalue: Tensor, cos: Tensor, sin: Tensor, R: int, interleaved: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,12 +149,11 @@ def _heads_gradient(
     dq, dkv = torch.empty_like(dquery), dquery.new_empty((B, T, H, P + V))
     dk = dquery.new_empty((B, T, R))
     if B * T:
-        with torch.cuda.device_of(dquery):
-            _heads_gradient_kernel[(B * T,)](
-                dquery, dkey, dvalue, cos, sin, dq, dkv, dk, T, 0 if len(cos) == 1 else cos.stride(0), cos.stride(1),
-                H=H, P=P, R=R, V=V, INTERLEAVED=interleaved, VP=triton.next_power_of_2(V), num_warps=4,
-                **_sizes(P, R),
-            )  # fmt: skip
+        _heads_gradient_kernel[(B * T,)](
+            dquery, dkey, dvalue, cos, sin, dq, dkv, dk, T, 0 if len(cos) == 1 else cos.stride(0), cos.stride(1),
+            H=H, P=P, R=R, V=V, INTERLEAVED=interleaved, VP=next_power_of_2(V), num_warps=4,
+            **_sizes(P, R),
+        )  # fmt: skip
     return dq, dkv, dk
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .kernels_gemm import PAD, Tile, activation_and_slope, halves, multiprocessors
+from .kernels_launch import cdiv
 from .kernels_plan import Plan
 from .kernels_up import after, barrier, before, row_tile
 from .kernels_up import fits as up_fits
@@ -287,7 +288,7 @@ def hidden_gradient(
     dh, dw = torch.empty_like(h), torch.empty_like(top_k_weights)
     if not M:
         return a, dh, dw
-    across = triton.cdiv(F, COLUMNS)
+    across = cdiv(F, COLUMNS)
     parts = dy_MD.new_empty((M, across), dtype=torch.float32)
     _hidden_kernel[(multiprocessors(dy_MD),)](
         TensorDescriptor.from_tensor(dy_MD, [64, DEPTH], box_layout(2, DEPTH)),
@@ -296,7 +297,7 @@ def hidden_gradient(
         plan.tiles, X=D, F=F, ACT=act, COLUMNS=COLUMNS, DEPTH=DEPTH, BLOCK=BLOCK, GROUP=tile.group,
         STAGES=STAGES, num_warps=4,
     )  # fmt: skip
-    _finish_kernel[(max(triton.cdiv(M, 256), PAD),)](
+    _finish_kernel[(max(cdiv(M, 256), PAD),)](
         parts, plan.positions, plan.starts, dw, dh, M, E,
         ACROSS=across, WIDTH=2 * F, PAD=PAD, BLOCK=256, AT_ONCE=1024,
     )  # fmt: skip

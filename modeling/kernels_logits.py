@@ -8,13 +8,14 @@ recompute.exact_linear. Letters: N tokens, D hidden, E experts.
 import torch
 from torch import Tensor
 
+from .kernels_launch import cdiv, operator
+
 try:  # inside `try`, or the Hub loader refuses the whole model where Triton is missing
     import triton
     import triton.language as tl
 except ImportError as error:
     raise ImportError("The fused router logits need Triton: pip install triton.") from error
 
-_NAMESPACE = __name__.replace(".", "_")  # two revisions of a checkpoint may share a process
 _ROWS, _DEPTH, _WIDTH = 64, 64, 64  # tokens, hidden width and experts that a program takes at a time
 _SPLITS = 64  # programs among which the tokens of a weight's gradient are split
 LEAST_ROWS = 64  # for fewer tokens launches count, and cuBLAS has fewer
@@ -110,17 +111,16 @@ def _split(weight_ED: Tensor, dtype: torch.dtype) -> Tensor:
     return parts
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::router_logits", mutates_args=())
+@operator("router_logits")
 def router_logits(x_ND: Tensor, weight_ED: Tensor) -> Tensor:
     """x·Wᵀ [N, E] float32. x_ND: half precision, its rows contiguous; weight_ED: float32, contiguous."""
     (N, D), E = x_ND.shape, len(weight_ED)
     out = x_ND.new_empty((N, E), dtype=torch.float32)
     if N:
-        with torch.cuda.device_of(x_ND):
-            _logits_kernel[(triton.cdiv(N, _ROWS), triton.cdiv(E, _WIDTH))](
-                x_ND, _split(weight_ED, x_ND.dtype), out, N, E, x_ND.stride(0), D=D, ROWS=_ROWS, DEPTH=_DEPTH,
-                WIDTH=_WIDTH, num_warps=4, num_stages=3,
-            )  # fmt: skip
+        _logits_kernel[(cdiv(N, _ROWS), cdiv(E, _WIDTH))](
+            x_ND, _split(weight_ED, x_ND.dtype), out, N, E, x_ND.stride(0), D=D, ROWS=_ROWS, DEPTH=_DEPTH,
+            WIDTH=_WIDTH, num_warps=4, num_stages=3,
+        )  # fmt: skip
     return out
 
 
@@ -129,17 +129,16 @@ def _(x_ND, weight_ED):
     return x_ND.new_empty((len(x_ND), len(weight_ED)), dtype=torch.float32)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::router_tokens_gradient", mutates_args=())
+@operator("router_tokens_gradient")
 def router_tokens_gradient(dout_NE: Tensor, weight_ED: Tensor, like: Tensor) -> Tensor:
     """Gradient of `router_logits` for its tokens, [N, D] in the dtype of `like`. dout_NE: float32, contiguous."""
     (N, E), D = dout_NE.shape, weight_ED.shape[1]
     dx = like.new_empty((N, D))
     if N:
-        with torch.cuda.device_of(dout_NE):
-            _tokens_gradient_kernel[(triton.cdiv(N, _ROWS), triton.cdiv(D, _DEPTH))](
-                dout_NE, _split(weight_ED, dx.dtype), dx, N, E, D=D, ROWS=_ROWS, DEPTH=_DEPTH,
-                EP=triton.cdiv(E, _WIDTH) * _WIDTH, WIDTH=_WIDTH, num_warps=4,
-            )  # fmt: skip
+        _tokens_gradient_kernel[(cdiv(N, _ROWS), cdiv(D, _DEPTH))](
+            dout_NE, _split(weight_ED, dx.dtype), dx, N, E, D=D, ROWS=_ROWS, DEPTH=_DEPTH,
+            EP=cdiv(E, _WIDTH) * _WIDTH, WIDTH=_WIDTH, num_warps=4,
+        )  # fmt: skip
     return dx
 
 
@@ -148,19 +147,18 @@ def _(dout_NE, weight_ED, like):
     return like.new_empty((len(dout_NE), weight_ED.shape[1]))
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::router_gradient", mutates_args=())
+@operator("router_gradient")
 def router_gradient(dout_NE: Tensor, x_ND: Tensor) -> Tensor:
     """Gradient of `router_logits` for its weight, [E, D] float32, summed in fixed order."""
     (N, E), D = dout_NE.shape, x_ND.shape[1]
-    rows = triton.cdiv(triton.cdiv(max(N, 1), _SPLITS), _ROWS) * _ROWS
-    splits = triton.cdiv(N, rows)
+    rows = cdiv(cdiv(max(N, 1), _SPLITS), _ROWS) * _ROWS
+    splits = cdiv(N, rows)
     parts = dout_NE.new_empty((splits, E, D))
     if N:
-        with torch.cuda.device_of(x_ND):
-            _router_gradient_kernel[(triton.cdiv(D, _DEPTH), triton.cdiv(E, _WIDTH), splits)](
-                dout_NE, x_ND, parts, N, E, x_ND.stride(0), rows, D=D, ROWS=_ROWS, DEPTH=_DEPTH, WIDTH=_WIDTH,
-                num_warps=8, num_stages=2,
-            )  # fmt: skip
+        _router_gradient_kernel[(cdiv(D, _DEPTH), cdiv(E, _WIDTH), splits)](
+            dout_NE, x_ND, parts, N, E, x_ND.stride(0), rows, D=D, ROWS=_ROWS, DEPTH=_DEPTH, WIDTH=_WIDTH,
+            num_warps=8, num_stages=2,
+        )  # fmt: skip
     return parts.sum(dim=0)
 
 

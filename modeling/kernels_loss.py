@@ -6,13 +6,14 @@ Letters: X targets, W vocabulary. The eager form, which defines the result, is t
 import torch
 from torch import Tensor
 
+from .kernels_launch import operator
+
 try:  # inside `try`, or the Hub loader refuses the whole model where Triton is missing
     import triton
     import triton.language as tl
 except ImportError as error:
     raise ImportError("The fused loss needs Triton: pip install triton.") from error
 
-_NAMESPACE = __name__.replace(".", "_")  # two revisions of a checkpoint may share a process
 _BLOCK = 4096
 
 
@@ -60,7 +61,7 @@ def _loss_gradient_kernel(
         tl.store(out_ptr + x * W + c, slope.to(out_ptr.dtype.element_ty), mask=c < W)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::losses", mutates_args=())
+@operator("losses")
 def losses(logits_XW: Tensor, target_X: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Each row's cross entropy, 0 for ignored targets, and its log-sum-exp: two of [X] float32.
 
@@ -70,8 +71,7 @@ def losses(logits_XW: Tensor, target_X: Tensor, ignore_index: int) -> tuple[Tens
     X, W = logits_XW.shape
     loss, mass = (logits_XW.new_empty(X, dtype=torch.float32) for _ in range(2))
     if X:
-        with torch.cuda.device_of(logits_XW):
-            _loss_kernel[(X,)](logits_XW, target_X, loss, mass, W, ignore_index, BLOCK=_BLOCK, num_warps=8)
+        _loss_kernel[(X,)](logits_XW, target_X, loss, mass, W, ignore_index, BLOCK=_BLOCK, num_warps=8)
     return loss, mass
 
 
@@ -80,16 +80,15 @@ def _(logits_XW, target_X, ignore_index):
     return tuple(logits_XW.new_empty(len(logits_XW), dtype=torch.float32) for _ in range(2))
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::losses_gradient", mutates_args=())
+@operator("losses_gradient")
 def losses_gradient(scale: Tensor, logits_XW: Tensor, target_X: Tensor, mass_X: Tensor, ignore_index: int) -> Tensor:
     """Gradient of the sum of `losses` times `scale` [] with respect to the logits, in their dtype."""
     X, W = logits_XW.shape
     out = torch.empty_like(logits_XW)
     if X:
-        with torch.cuda.device_of(logits_XW):
-            _loss_gradient_kernel[(X,)](
-                logits_XW, target_X, mass_X, scale, out, W, ignore_index, BLOCK=_BLOCK, num_warps=8
-            )
+        _loss_gradient_kernel[(X,)](
+            logits_XW, target_X, mass_X, scale, out, W, ignore_index, BLOCK=_BLOCK, num_warps=8
+        )
     return out
 
 

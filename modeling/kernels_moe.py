@@ -15,29 +15,13 @@ from torch import Tensor
 
 from .kernels_decode import VectorTile, swapped_experts, vector_experts
 from .kernels_gemm import PAD, Tile, act_gradient, gated_rows, narrow_last, plain_rows, turned, weight_gradient
-from .kernels_launch import differentiable, is_hopper, optional_kernel
+from .kernels_launch import differentiable, is_hopper, operator, optional_kernel
 from .kernels_plan import Plan, combine, expert_sums, make_plan, pack, plan_size, spread, unpack
 from .kernels_tiles import few_rows, invariant_tiles, tiles_for
 
 logger = logging.getLogger(__name__)
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
-
-_NAMESPACE = __name__.replace(".", "_")  # two revisions of a checkpoint may share a process
-
-
-def _operator(name: str, mutates_args: tuple[str, ...] = ()) -> Callable:
-    """Register an operator that launches on its first tensor's device, whichever is current."""
-
-    def register(function: Callable) -> torch.library.CustomOpDef:
-        @functools.wraps(function)
-        def run(first: Tensor, *rest):
-            with torch.cuda.device_of(first):
-                return function(first, *rest)
-
-        return torch.library.custom_op(f"{_NAMESPACE}::{name}", run, mutates_args=mutates_args)
-
-    return register
 
 
 @functools.cache
@@ -102,7 +86,7 @@ def expert_gradient(a: Tensor, b: Tensor, plan: Plan, E: int, into: Tensor | Non
     return weight_gradient(a, b, plan, E, into, tile) if quick is None else quick
 
 
-@_operator("experts")
+@operator("experts")
 def _experts(
     x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, gate_up: Tensor, down: Tensor, shared: Tensor | None,
     act: str, train: bool, recompute: bool, batch_invariant: bool, accumulate: bool,
@@ -179,7 +163,7 @@ def _backward(
     )
 
 
-@_operator("experts_backward")
+@operator("experts_backward")
 def _experts_backward(
     dy: Tensor, x: Tensor, top_k_weights: Tensor, gate_up: Tensor, down: Tensor, h: Tensor, packed: Tensor,
     act: str, batch_invariant: bool, need_x: bool, need_gate_up: bool, need_down: bool,
@@ -195,7 +179,7 @@ def _(dy, x, top_k_weights, gate_up, down, h, packed, act, batch_invariant, need
 
 
 # an operator of its own: one that mutates costs the host 0.15 ms more
-_experts_backward_into = _operator("experts_backward_into", mutates_args=("gate_up_into", "down_into"))(_backward)
+_experts_backward_into = operator("experts_backward_into", mutates_args=("gate_up_into", "down_into"))(_backward)
 
 
 @_experts_backward_into.register_fake
@@ -259,7 +243,7 @@ def _aligned(x: Tensor) -> Tensor:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
-@_operator("plan")
+@operator("plan")
 def _plan(top_k_index: Tensor, num_experts: int, x: Tensor) -> Tensor:
     """The packed plan for products of rows like x."""
     M = top_k_index.numel()
@@ -271,7 +255,7 @@ def _(top_k_index, num_experts, x):
     return top_k_index.new_empty(plan_size(top_k_index.numel(), num_experts), dtype=torch.int32)
 
 
-@_operator("grouped_linear")
+@operator("grouped_linear")
 def _grouped_linear(
     a: Tensor, packed: Tensor, weight: Tensor, bias: Tensor | None, K: int, gather: bool, transposed: bool
 ) -> Tensor:
@@ -289,7 +273,7 @@ def _(a, packed, weight, bias, K, gather, transposed):
     return a.new_empty((a.shape[0] * (K if gather else 1), weight.shape[2 if transposed else 1]))
 
 
-@_operator("grouped_linear_backward")
+@operator("grouped_linear_backward")
 def _grouped_linear_backward(
     dy: Tensor, a: Tensor, packed: Tensor, weight: Tensor, K: int, gather: bool, transposed: bool,
     need_a: bool, need_weight: bool, need_bias: bool,
@@ -340,7 +324,7 @@ def _differentiate_linear(ctx, dy):
 _differentiable_linear = differentiable(_grouped_linear, _keep_linear, _differentiate_linear)
 
 
-@_operator("weighted_sum")
+@operator("weighted_sum")
 def _weighted_sum(y: Tensor, packed: Tensor, top_k_weights: Tensor, num_experts: int) -> Tensor:
     """The weighted sum [N, D] of each token's rows of y [M, D]."""
     N, K = top_k_weights.shape
@@ -353,7 +337,7 @@ def _(y, packed, top_k_weights, num_experts):
     return y.new_empty((top_k_weights.shape[0], y.shape[1]))
 
 
-@_operator("weighted_sum_backward")
+@operator("weighted_sum_backward")
 def _weighted_sum_backward(
     dout: Tensor, y: Tensor, packed: Tensor, top_k_weights: Tensor, num_experts: int
 ) -> tuple[Tensor, Tensor]:
@@ -454,7 +438,7 @@ def fused_experts(
     return out.to(hidden_states.dtype)
 
 
-@_operator("few_experts")
+@operator("few_experts")
 def _few_experts(
     x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, gate_up: Tensor, down: Tensor, shared_gate: Tensor,
     shared_up: Tensor, shared_down: Tensor, residual: Tensor | None, act: str,

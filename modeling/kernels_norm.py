@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .kernels_gemm import multiprocessors
+from .kernels_launch import cdiv, next_power_of_2, operator
 
 try:  # inside `try`, or the Hub loader refuses the whole model where Triton is missing
     import triton
@@ -15,7 +16,6 @@ try:  # inside `try`, or the Hub loader refuses the whole model where Triton is 
 except ImportError as error:
     raise ImportError("The fused norms need Triton: pip install triton.") from error
 
-_NAMESPACE = __name__.replace(".", "_")  # two revisions of a checkpoint may share a process
 _BLOCK = 2048
 _WARPS = 32  # of a multiprocessor, that share the rows of a gradient: with 64 registers a thread all run at once
 WIDEST = 8192  # row that a program holds
@@ -76,11 +76,11 @@ def _sum_kernel(a_ptr, b_ptr, c_ptr, out_ptr, count, BLOCK: tl.constexpr):
 
 
 def _sizes(D: int) -> dict[str, int]:
-    width = triton.next_power_of_2(D)
+    width = next_power_of_2(D)
     return {"D": D, "DP": width, "num_warps": min(max(width // 256, 1), 16)}  # 16 bytes a thread up to D = 4096
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::add_norm", mutates_args=())
+@operator("add_norm")
 def add_norm(x: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """sum = x + added and its norm y, both [..., D], and rstd [...] float32; without `added` the first is empty.
 
@@ -89,10 +89,9 @@ def add_norm(x: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> tup
     total, y = x.new_empty(0) if added is None else torch.empty_like(x), torch.empty_like(x)
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
     if x.numel():
-        with torch.cuda.device_of(x):
-            _norm_kernel[(rstd.numel(),)](
-                x, added, weight, total, y, rstd, eps, ADDS=added is not None, **_sizes(x.shape[-1])
-            )
+        _norm_kernel[(rstd.numel(),)](
+            x, added, weight, total, y, rstd, eps, ADDS=added is not None, **_sizes(x.shape[-1])
+        )
     return total, y, rstd
 
 
@@ -102,7 +101,7 @@ def _(x, added, weight, eps):
     return total, torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::norm_gradient", mutates_args=())
+@operator("norm_gradient")
 def norm_gradient(
     dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, of_weight: bool
 ) -> tuple[Tensor, Tensor]:
@@ -114,10 +113,9 @@ def norm_gradient(
     programs = min(N, multiprocessors(x) * max(_WARPS // sizes["num_warps"], 1))
     parts = x.new_empty((programs, x.shape[-1]) if of_weight else 0, dtype=torch.float32)
     if N:
-        with torch.cuda.device_of(x):
-            _norm_gradient_kernel[(programs,)](
-                dy, dsum, x, weight, rstd, dx, parts, N, ADDS=dsum is not None, OF_WEIGHT=of_weight, **sizes
-            )
+        _norm_gradient_kernel[(programs,)](
+            dy, dsum, x, weight, rstd, dx, parts, N, ADDS=dsum is not None, OF_WEIGHT=of_weight, **sizes
+        )
     return dx, (parts.sum(dim=0) if of_weight else parts).to(weight.dtype)
 
 
@@ -126,13 +124,12 @@ def _(dy, dsum, x, weight, rstd, of_weight):
     return torch.empty_like(x), torch.empty_like(weight) if of_weight else weight.new_empty(0)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::sum_of_three", mutates_args=())
+@operator("sum_of_three")
 def sum_of_three(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """a + b + c of one shape and dtype, contiguous."""
     out = torch.empty_like(a)
     if out.numel():
-        with torch.cuda.device_of(a):
-            _sum_kernel[(triton.cdiv(out.numel(), _BLOCK),)](a, b, c, out, out.numel(), BLOCK=_BLOCK, num_warps=4)
+        _sum_kernel[(cdiv(out.numel(), _BLOCK),)](a, b, c, out, out.numel(), BLOCK=_BLOCK, num_warps=4)
     return out
 
 

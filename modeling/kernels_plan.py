@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .kernels_launch import cdiv, next_power_of_2
+
 try:  # inside `try`, or the Hub loader refuses the whole model where Triton is missing
     import triton
     import triton.language as tl
@@ -259,14 +261,14 @@ def make_plan(top_k_index: Tensor, E: int, tile_rows: int, *, kept: bool) -> Ten
     make = torch.zeros if kept else torch.empty
     packed = make(plan_size(M, E), dtype=torch.int32, device=top_k_index.device)
     plan = unpack(packed, M, E)
-    EP, groups = triton.next_power_of_2(E + 1), triton.cdiv(E, 16)
+    EP, groups = next_power_of_2(E + 1), cdiv(E, 16)
     parts = (plan.order, plan.positions, plan.starts, plan.tile_expert, plan.tile_row)
     if M <= _FEW:
-        _place_few_kernel[(groups + triton.cdiv(M, 32),)](
+        _place_few_kernel[(groups + cdiv(M, 32),)](
             top_k_index, *parts, M, E, tile_rows, MOST=_FEW, IDS=32, READ=1024, EP=EP, GROUP=16, num_warps=8
         )
         return packed
-    splits = triton.cdiv(M, _IDS)
+    splits = cdiv(M, _IDS)
     read, counts, totals = (packed.new_empty(length) for length in (splits * _IDS, splits * EP, EP))
     _count_kernel[(splits,)](top_k_index, read, counts, M, E, IDS=_IDS, EP=EP)
     group = min(8, EP)
@@ -284,8 +286,8 @@ def combine(y: Tensor, plan: Plan, top_k_weights: Tensor | None, shared: Tensor 
     """
     N, D = out.shape
     if N:
-        block = min(triton.next_power_of_2(D), 1024)
-        _combine_kernel[(N, triton.cdiv(D, block))](
+        block = min(next_power_of_2(D), 1024)
+        _combine_kernel[(N, cdiv(D, block))](
             y, plan.positions, top_k_weights, shared, out, D,
             K=K, WEIGHTED=top_k_weights is not None, SHARED=shared is not None, BLOCK=block, num_warps=4,
         )  # fmt: skip
@@ -297,8 +299,8 @@ def pack(x: Tensor, plan: Plan, E: int, K: int, pad: int, out: Tensor) -> Tensor
     N, D = x.shape
     M = len(out)
     if M:
-        block = min(triton.next_power_of_2(D), 1024)
-        _pack_kernel[(max(N, pad), triton.cdiv(D, block))](
+        block = min(next_power_of_2(D), 1024)
+        _pack_kernel[(max(N, pad), cdiv(D, block))](
             x, plan.positions, plan.starts, out, N, M, D, E, K=K, PAD=pad, BLOCK=block, num_warps=4
         )
     return out
@@ -309,7 +311,7 @@ def spread(dout: Tensor, y: Tensor, plan: Plan, top_k_weights: Tensor) -> tuple[
     N, K = top_k_weights.shape
     dy, dw = torch.zeros_like(y), torch.empty_like(top_k_weights)
     if N:
-        block = min(triton.next_power_of_2(y.shape[1]), 1024)
+        block = min(next_power_of_2(y.shape[1]), 1024)
         _spread_kernel[(N, K)](dout, y, plan.positions, top_k_weights, dy, dw, y.shape[1], K=K, BLOCK=block)
     return dy, dw
 
@@ -318,5 +320,5 @@ def expert_sums(y: Tensor, plan: Plan, E: int) -> Tensor:
     """Sum of each expert's rows of y [M, D], in order: [E, D]."""
     D = y.shape[1]
     out = y.new_empty((E, D))
-    _expert_sums_kernel[(E, triton.cdiv(D, 64))](y, plan.starts, out, D, ROWS=16, BLOCK=64)
+    _expert_sums_kernel[(E, cdiv(D, 64))](y, plan.starts, out, D, ROWS=16, BLOCK=64)
     return out

@@ -8,7 +8,7 @@ atomics, and a token's result does not depend on the tokens beside it.
 import torch
 from torch import Tensor
 
-from .kernels_launch import await_kernels, differentiable, overlapping
+from .kernels_launch import await_kernels, cdiv, differentiable, next_power_of_2, operator, overlapping
 
 try:  # inside `try`, or the Hub loader refuses the whole model where Triton is missing
     import triton
@@ -18,7 +18,6 @@ except ImportError as error:
     message = "The fused router needs Triton: pip install triton, or router_implementation='eager'."
     raise ImportError(message) from error
 
-_NAMESPACE = __name__.replace(".", "_")  # two revisions of a checkpoint may share a process
 _INTERPRETED = triton.knobs.runtime.interpret  # the kernels below run in Python, on CPU tensors
 _IN_PYTHON = tl.constexpr(_INTERPRETED)
 _TILE = 512  # numbers that one warp holds
@@ -159,7 +158,7 @@ def _route_gradient_kernel(
     tl.store(dlogits_ptr + n[:, None] * E + e, dx, mask=inside)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::route", mutates_args=())
+@operator("route")
 def _route(
     logits: Tensor, bias: Tensor | None, K: int, best_two: bool, n_group: int, topk_group: int, softmax: bool,
     norm_topk_prob: bool, routed_scaling_factor: float,
@@ -171,13 +170,12 @@ def _route(
     GP, SP = _padded(E, n_group)
     block, warps = _block(GP * SP)
     if N:
-        with torch.cuda.device_of(logits):
-            _route_kernel[(triton.cdiv(N, block),)](
-                logits.contiguous(), None if bias is None else bias.contiguous(), weights, experts, N,
-                routed_scaling_factor, G=n_group, S=E // n_group, OPEN=topk_group, K=K, SOFTMAX=softmax,
-                BIAS=bias is not None, BEST_TWO=best_two, NORM=norm_topk_prob, BLOCK_N=block, GP=GP, SP=SP,
-                KP=triton.next_power_of_2(K), num_warps=warps, **overlapping(logits),
-            )  # fmt: skip
+        _route_kernel[(cdiv(N, block),)](
+            logits.contiguous(), None if bias is None else bias.contiguous(), weights, experts, N,
+            routed_scaling_factor, G=n_group, S=E // n_group, OPEN=topk_group, K=K, SOFTMAX=softmax,
+            BIAS=bias is not None, BEST_TWO=best_two, NORM=norm_topk_prob, BLOCK_N=block, GP=GP, SP=SP,
+            KP=next_power_of_2(K), num_warps=warps, **overlapping(logits),
+        )  # fmt: skip
     return weights, experts
 
 
@@ -187,7 +185,7 @@ def _(logits, bias, K, best_two, n_group, topk_group, softmax, norm_topk_prob, r
     return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int64)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::route_backward", mutates_args=())
+@operator("route_backward")
 def _route_backward(
     dweights: Tensor, logits: Tensor, experts: Tensor, softmax: bool, norm_topk_prob: bool,
     routed_scaling_factor: float,
@@ -196,15 +194,14 @@ def _route_backward(
     N, E = logits.shape
     K = experts.shape[1]
     dlogits = logits.new_empty((N, E))
-    EP = triton.next_power_of_2(E)
+    EP = next_power_of_2(E)
     block, warps = _block(EP)
     if N:
-        with torch.cuda.device_of(logits):
-            _route_gradient_kernel[(triton.cdiv(N, block),)](
-                dweights.contiguous(), logits.contiguous(), experts.contiguous(), dlogits, N, E,
-                routed_scaling_factor, K=K, SOFTMAX=softmax, NORM=norm_topk_prob, BLOCK_N=block, EP=EP,
-                KP=triton.next_power_of_2(K), num_warps=warps,
-            )  # fmt: skip
+        _route_gradient_kernel[(cdiv(N, block),)](
+            dweights.contiguous(), logits.contiguous(), experts.contiguous(), dlogits, N, E,
+            routed_scaling_factor, K=K, SOFTMAX=softmax, NORM=norm_topk_prob, BLOCK_N=block, EP=EP,
+            KP=next_power_of_2(K), num_warps=warps,
+        )  # fmt: skip
     return dlogits
 
 
@@ -230,7 +227,7 @@ _differentiable_route = differentiable(_route, _keep, _differentiate)
 
 def _padded(E: int, n_group: int) -> tuple[int, int]:
     """Groups, and experts a group, padded to powers of two."""
-    return triton.next_power_of_2(n_group), triton.next_power_of_2(E // n_group)
+    return next_power_of_2(n_group), next_power_of_2(E // n_group)
 
 
 def _block(width: int) -> tuple[int, int]:

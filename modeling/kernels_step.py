@@ -14,7 +14,7 @@ from torch import Tensor
 from .float8 import FLOAT8, largest_of, scales_of
 from .kernels_attention import check, merged, split_decode
 from .kernels_heads import turn
-from .kernels_launch import await_kernels, overlapping
+from .kernels_launch import await_kernels, cdiv, next_power_of_2, operator, overlapping
 
 try:  # inside `try`, or the Hub loader refuses the whole model where Triton is missing
     import triton
@@ -24,7 +24,6 @@ except ImportError as error:
         "The latent decode kernel needs Triton: pip install triton, or mla_implementation='eager'."
     ) from error
 
-_NAMESPACE = __name__.replace(".", "_")  # two revisions of a checkpoint may share a process
 MOST_ROWS = 4  # tokens; each reads the weights for itself, from the L2 cache but for the first
 
 
@@ -42,8 +41,8 @@ INTERPRETER = RowsTile(8, 16, 1)
 def streaming_tile(width: int, itemsize: int) -> RowsTile:
     """The tile for rows of `width` numbers of `itemsize` bytes on a GPU; the best of 40 on an H100."""
     if itemsize == 4:
-        return RowsTile(2, min(2048, triton.next_power_of_2(width)), 8)
-    return RowsTile(1, 4096, 8) if width >= 8192 else RowsTile(1, min(1024, triton.next_power_of_2(width)), 4)
+        return RowsTile(2, min(2048, next_power_of_2(width)), 8)
+    return RowsTile(1, 4096, 8) if width >= 8192 else RowsTile(1, min(1024, next_power_of_2(width)), 4)
 
 
 @triton.jit
@@ -104,17 +103,16 @@ def _linear_kernel(
 def _launch_linear(x, norm, eps, w0, w1, add, out, normed):
     N, D = x.shape
     tile = streaming_tile(D, w0.itemsize) if x.is_cuda else INTERPRETER
-    blocks = triton.cdiv(len(w0), tile.rows) + (0 if w1 is None else triton.cdiv(len(w1), tile.rows))
+    blocks = cdiv(len(w0), tile.rows) + (0 if w1 is None else cdiv(len(w1), tile.rows))
     if N:
-        with torch.cuda.device_of(x):
-            _linear_kernel[(blocks, N)](
-                x, norm, w0, w1, add, out, normed, x.stride(0), eps, D=D, R0=len(w0), R1=0 if w1 is None else len(w1),
-                ADD=add is not None, NORM=norm is not None, KEEP=normed is not None, ROWS=tile.rows, DEPTH=tile.depth,
-                num_warps=tile.warps, **overlapping(x),
-            )  # fmt: skip
+        _linear_kernel[(blocks, N)](
+            x, norm, w0, w1, add, out, normed, x.stride(0), eps, D=D, R0=len(w0), R1=0 if w1 is None else len(w1),
+            ADD=add is not None, NORM=norm is not None, KEEP=normed is not None, ROWS=tile.rows, DEPTH=tile.depth,
+            num_warps=tile.warps, **overlapping(x),
+        )  # fmt: skip
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::norm_linear", mutates_args=())
+@operator("norm_linear")
 def norm_linear(x_ND: Tensor, norm_D: Tensor, eps: float, w0: Tensor, w1: Tensor | None) -> Tensor:
     """Products of the normed x with both weights, beside each other: [N, R0 + R1] in x's dtype.
 
@@ -131,7 +129,7 @@ def _(x_ND, norm_D, eps, w0, w1):
     return x_ND.new_empty((len(x_ND), len(w0) + (0 if w1 is None else len(w1))))
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::norm_router", mutates_args=())
+@operator("norm_router")
 def norm_router(x_ND: Tensor, norm_D: Tensor, eps: float, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
     """The normed x [N, D] in its dtype, and the router's logits of it [N, E] float32, of a float32 weight."""
     out, normed = weight_ED.new_empty((len(x_ND), len(weight_ED))), x_ND.new_empty(x_ND.shape)
@@ -144,7 +142,7 @@ def _(x_ND, norm_D, eps, weight_ED):
     return x_ND.new_empty(x_ND.shape), weight_ED.new_empty((len(x_ND), len(weight_ED)))
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::linear_add", mutates_args=())
+@operator("linear_add")
 def linear_add(x_ND: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
     """residual + x Wᵀ, [N, R], rounded once. weight: [R, D]; residual: [N, R], contiguous."""
     out = torch.empty_like(residual)
@@ -241,7 +239,7 @@ def _write_kernel(
             turn(pairs, other, cos[None, :], sin[None, :], turned, turned + half, inside)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::write_latents", mutates_args=("c", "k"))
+@operator("write_latents", mutates_args=("c", "k"))
 def write_latents(
     kv: Tensor, norm: Tensor, eps: float, q: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor, c: Tensor, k: Tensor,
     interleaved: bool, plain: Tensor | None = None, up_key: Tensor | None = None,
@@ -283,19 +281,18 @@ def _launch_write(
     absorbed = q.new_empty(0 if up_key is None else (H, B, T, C))
     P = 0 if up_key is None else up_key.shape[1]
     heads, columns = 16, min(C, 64)
-    turns = triton.cdiv(H, heads) * (R > 0)
+    turns = cdiv(H, heads) * (R > 0)
     if B * T:
-        with torch.cuda.device_of(q):
-            _write_kernel[(B * T, 1 + turns + (H * (C // columns) if P else 0))](
-                kv, norm, q, plain, up_key, cos, sin, at, *halves, scales, r, absorbed, eps, room or 0, B, T,
-                *kv.stride()[:2], q.stride(0), q.stride(2), q.stride(1),
-                *((plain.stride(0), plain.stride(2), plain.stride(1), up_key.stride(0)) if P else (0, 0, 0, 0)),
-                0 if len(cos) == 1 else cos.stride(0), cos.stride(1), halves[0].stride(-2), halves[2].stride(-2),
-                0 if scales is None else scales.stride(1), largest_of(q.dtype),
-                H=H, C=C, R=R, P=P, INTERLEAVED=interleaved, SLOTS=room is None, HEADS=heads, TURNS=turns,
-                CP=triton.next_power_of_2(C), PAIRS=max(1, triton.next_power_of_2(R // 2)),
-                PP=triton.next_power_of_2(max(P, 1)), COLUMNS=columns, num_warps=4, **overlapping(q),
-            )  # fmt: skip
+        _write_kernel[(B * T, 1 + turns + (H * (C // columns) if P else 0))](
+            kv, norm, q, plain, up_key, cos, sin, at, *halves, scales, r, absorbed, eps, room or 0, B, T,
+            *kv.stride()[:2], q.stride(0), q.stride(2), q.stride(1),
+            *((plain.stride(0), plain.stride(2), plain.stride(1), up_key.stride(0)) if P else (0, 0, 0, 0)),
+            0 if len(cos) == 1 else cos.stride(0), cos.stride(1), halves[0].stride(-2), halves[2].stride(-2),
+            0 if scales is None else scales.stride(1), largest_of(q.dtype),
+            H=H, C=C, R=R, P=P, INTERLEAVED=interleaved, SLOTS=room is None, HEADS=heads, TURNS=turns,
+            CP=next_power_of_2(C), PAIRS=next_power_of_2(max(R // 2, 1)),
+            PP=next_power_of_2(max(P, 1)), COLUMNS=columns, num_warps=4, **overlapping(q),
+        )  # fmt: skip
     return r, absorbed
 
 
@@ -305,7 +302,7 @@ def _(kv, norm, eps, q, cos, sin, lengths, c, k, interleaved, plain=None, up_key
     return q.new_empty((H, B, T, R)), q.new_empty(0 if up_key is None else (H, B, T, len(norm)))
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::write_pages", mutates_args=("first", "second"))
+@operator("write_pages", mutates_args=("first", "second"))
 def write_pages(
     kv: Tensor, norm: Tensor, eps: float, q: Tensor, cos: Tensor, sin: Tensor, written: Tensor, first: Tensor,
     second: Tensor, interleaved: bool,
@@ -349,7 +346,7 @@ def _values_kernel(
     tl.store(out_ptr + n.to(tl.int64) * (H * V) + h * V + v, y.to(out_ptr.dtype.element_ty), mask=v < V)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::decode_values", mutates_args=())
+@operator("decode_values")
 def _decode_values(
     q: Tensor, r: Tensor, c: Tensor, k: Tensor, lengths: Tensor, seen: Tensor | None, up_value: Tensor, scaling: float
 ) -> Tensor:
@@ -364,11 +361,10 @@ def _decode_values(
         q, r, c0, c1, k, None, lengths, seen, None, None, 0, c.shape[1], scaling, False
     )
     rows = 16
-    with torch.cuda.device_of(q):
-        _values_kernel[(H * triton.cdiv(V, rows), B * T)](
-            parts, masses, up_value, out, splits, B, T, up_value.stride(0), H=H, V=V, C=C, PARTS=splits > 1, ROWS=rows,
-            AT_ONCE=8, num_warps=4, **overlapping(q),
-        )  # fmt: skip
+    _values_kernel[(H * cdiv(V, rows), B * T)](
+        parts, masses, up_value, out, splits, B, T, up_value.stride(0), H=H, V=V, C=C, PARTS=splits > 1, ROWS=rows,
+        AT_ONCE=8, num_warps=4, **overlapping(q),
+    )  # fmt: skip
     return out
 
 

@@ -15,10 +15,9 @@ import functools
 import torch
 from torch import Tensor
 
-from .kernels_launch import await_kernels_alone, overlapping
+from .kernels_launch import await_kernels_alone, cdiv, overlapping
 
 try:  # inside `try`, or the Hub loader refuses the whole model where Triton is missing
-    import triton
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia.hopper import (
@@ -553,7 +552,7 @@ def launch(
     """
     H, B, T, C = q.shape
     RH = halves[2].shape[-1]
-    grid = triton.cdiv(H * T, ROWS), splits, B
+    grid = cdiv(H * T, ROWS), splits, B
     boxes, read = [_boxes(half, slots) for half in halves], (table, lengths, seen)
     numbers = (
         scale, splits, rows_b, *q.stride()[:3], *r.stride()[:3], 0 if table is None else table.stride(0),

@@ -1,7 +1,7 @@
 """Losses of training: balance of the experts per layer, router z-loss, and next-token loss without stored logits.
 
-Letters: B rows, T tokens each, S sequences, E experts, K experts a token, Y = E or E + devices, D hidden, W
-vocabulary.
+Letters: B rows, T tokens each, S sequences, L layers, E experts, K experts a token, Y = E or E + devices, D hidden,
+W vocabulary.
 """
 
 import torch
@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .moe import expert_scores, route
+
+# Layers are taken together up to so many logits: a step of few tokens waits for launches, one of many has no room.
+_AT_ONCE = 2**22
 
 
 class Sequences:
@@ -35,18 +38,18 @@ class Sequences:
             self.ids = begins_BT.flatten().cumsum(0) - 1
         self.tokens_S1 = self.sum(self.mask_BT.unsqueeze(-1)).clamp(min=1)
 
-    def sum(self, x_BTY: Tensor) -> Tensor:
-        """[S, Y]: the sum over each sequence's tokens; exact, and so deterministic, where `x_BTY` holds integers."""
+    def sum(self, x: Tensor) -> Tensor:
+        """[S, ...]: the sum over each sequence's tokens of [B, T, ...]; exact, and so deterministic, of integers."""
         if self.whole:
-            return x_BTY.sum(dim=(0, 1)).unsqueeze(0)
+            return x.sum(dim=(0, 1)).unsqueeze(0)
         if self.ids is None:
-            return x_BTY.sum(dim=1)
-        x_NY = x_BTY.flatten(0, 1)
-        return torch.zeros_like(x_NY).index_add_(0, self.ids, x_NY)
+            return x.sum(dim=1)
+        tokens = x.flatten(0, 1)
+        return torch.zeros_like(tokens).index_add_(0, self.ids, tokens)
 
-    def spread(self, y_SY: Tensor) -> Tensor:
-        """What belongs to a token's sequence, for each token: broadcastable to [B, T, Y]."""
-        return y_SY.unsqueeze(1) if self.ids is None else y_SY[self.ids].view(*self.mask_BT.shape, -1)
+    def spread(self, y: Tensor) -> Tensor:
+        """What belongs to a token's sequence, of [S, ...], for each token: broadcastable to [B, T, ...]."""
+        return y.unsqueeze(1) if self.ids is None else y[self.ids].unflatten(0, self.mask_BT.shape)
 
     def weights(self, labelled_BT: Tensor) -> Tensor:
         """[B, T] that turn a sum over tokens into one over sequences of (labelled tokens · mean over its tokens)."""
@@ -71,15 +74,14 @@ class RunningLoad:
         """Add a forward of this rank.
 
         Args:
-            choices: for each layer [Y], tokens that chose each expert or reached each device.
+            choices: for all layers, [L, Y] each, tokens that chose each expert or reached each device.
             tokens, labelled: how many there are in this forward, with and without those that predict nothing.
             num_items: labelled tokens of the optimizer step over all ranks, or None if this forward is all of it.
 
         Returns:
-            the choices of the step for each layer [Y], and its tokens, [1].
+            the choices of the step likewise, and its tokens, [1].
         """
-        sizes = [layer.numel() for layer in choices]
-        flat = torch.cat([*choices, tokens.view(1), labelled.view(1)]).long()
+        flat = torch.cat([*(some.flatten() for some in choices), tokens.view(1), labelled.view(1)]).long()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(flat, group=group)
         new, labelled = flat[:-1], flat[-1]
@@ -89,25 +91,25 @@ class RunningLoad:
             new = new + self.choices * goes_on
             labelled = labelled + self.labelled * goes_on
         self.choices, self.labelled = new, labelled
-        *layers, tokens = new.float().split([*sizes, 1])
-        return layers, tokens.clamp(min=1)
+        *parts, tokens = new.float().split([*(some.numel() for some in choices), 1])
+        return [part.view_as(some) for part, some in zip(parts, choices, strict=True)], tokens.clamp(min=1)
 
 
-def choices_and_affinity(logits_BTE: Tensor, config) -> tuple[Tensor, Tensor]:
-    """Of one layer, who chose whom [B, T, Y] as 0 and 1, and the normalised affinity [B, T, E], differentiable.
+def choices_and_affinity(logits: Tensor, config) -> tuple[Tensor, Tensor]:
+    """Of logits [..., E], who chose whom [..., Y] as 0 and 1, and the normalised affinity [..., E], differentiable.
 
     Choices are those without the correction bias, as DeepSeek-V3's eq. 18 has it. Behind the E experts come the
     devices that a token reaches, if `config.communication_loss_alpha` asks for them.
     """
-    logits_BTE = logits_BTE.to(torch.promote_types(logits_BTE.dtype, torch.float32))
-    scores = expert_scores(logits_BTE, config.scoring_func)
-    _, chosen = route(logits_BTE.detach().flatten(0, 1), None, config)
-    chosen_BTE = torch.zeros_like(scores).view(-1, scores.shape[-1]).scatter_(1, chosen, 1.0).view_as(scores)
-    affinity_BTE = scores / scores.sum(dim=-1, keepdim=True)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    scores = expert_scores(logits, config.scoring_func)
+    _, experts = route(logits.detach().flatten(0, -2), None, config)
+    chosen = torch.zeros_like(scores).view(-1, scores.shape[-1]).scatter_(1, experts, 1.0).view_as(scores)
+    affinity = scores / scores.sum(dim=-1, keepdim=True)
     if not config.communication_loss_alpha:
-        return chosen_BTE, affinity_BTE
-    reached = chosen_BTE.unflatten(-1, (config.loss_devices, -1)).amax(dim=-1)
-    return torch.cat((chosen_BTE, reached), dim=-1), affinity_BTE
+        return chosen, affinity
+    reached = chosen.unflatten(-1, (config.loss_devices, -1)).amax(dim=-1)
+    return torch.cat((chosen, reached), dim=-1), affinity
 
 
 def balance_coefficients(share: Tensor, config) -> tuple[Tensor, Tensor]:
@@ -162,41 +164,45 @@ def router_losses(
     if not shifted:
         labelled_BT = F.pad(labelled_BT[:, 1:], (1, 0))
     scope = config.balance_scope
-    layers = [logits.view(B, T, -1).to(labels.device) for logits in router_logits]
+    layers = [logits.view(B, T, 1, -1).to(labels.device) for logits in router_logits]
+    at_once = max(_AT_ONCE // max(layers[0].numel(), 1), 1)
+    stacks = layers
+    if at_once > 1:
+        stacks = [torch.cat(layers[i : i + at_once], dim=2) for i in range(0, len(layers), at_once)]  # [B, T, L, E]
     sequences = Sequences(token_mask_BT, position_ids, (B, T), labels.device)
     grouped = Sequences(token_mask_BT, None, (B, T), labels.device, whole=True) if scope == "batch" else sequences
-    weight_BT, weight_z_BT = grouped.weights(labelled_BT), sequences.weights(labelled_BT)
-    labelled = labelled_BT.sum().to(weight_BT)
+    weight_BT1, weight_z_BT1 = grouped.weights(labelled_BT).unsqueeze(-1), sequences.weights(labelled_BT).unsqueeze(-1)
+    labelled = labelled_BT.sum().to(weight_BT1)
 
-    chosen, affinity = zip(*(choices_and_affinity(logits, config) for logits in layers), strict=True)
+    chosen, affinity = zip(*(choices_and_affinity(logits, config) for logits in stacks), strict=True)
     with torch.no_grad():
-        masked = [choices * sequences.mask_BT.unsqueeze(-1) for choices in chosen]
+        masked = [choices * sequences.mask_BT[..., None, None] for choices in chosen]
         if scope == "global":
             sums, tokens = [choices.sum(dim=(0, 1)) for choices in masked], sequences.mask_BT.sum().clamp(min=1)
             if running is not None:
                 sums, tokens = running.add(sums, tokens, labelled, num_items)
-            shares = [(layer / tokens).view(1, 1, -1) for layer in sums]
+            shares = [(choices / tokens)[None, None] for choices in sums]
         else:
-            shares = [grouped.spread(grouped.sum(choices) / grouped.tokens_S1) for choices in masked]
+            shares = [grouped.spread(grouped.sum(choices) / grouped.tokens_S1.unsqueeze(-1)) for choices in masked]
     alone = not (config.device_loss_alpha or config.communication_loss_alpha)
     balance = added = 0.0
-    for logits, share, affinity_BTE in zip(layers, shares, affinity, strict=True):
+    for logits, share, affinity_BTLE in zip(stacks, shares, affinity, strict=True):
         f, weighted = balance_coefficients(share, config)
-        one = (weight_BT * (f * affinity_BTE).sum(dim=-1)).sum()
-        balance = balance + one
+        some = (weight_BT1 * (f * affinity_BTLE).sum(dim=-1)).sum()
+        balance = balance + some
         if alone:
-            added = added + config.aux_loss_alpha * one
+            added = added + config.aux_loss_alpha * some
         else:
-            added = added + (weight_BT * (weighted * affinity_BTE).sum(dim=-1)).sum()
+            added = added + (weight_BT1 * (weighted * affinity_BTLE).sum(dim=-1)).sum()
         if config.router_z_loss_coef:
-            added = added + config.router_z_loss_coef * (weight_z_BT * z_loss(logits)).sum()
+            added = added + config.router_z_loss_coef * (weight_z_BT1 * z_loss(logits)).sum()
     items = labelled.clamp(min=1)
     return balance / (len(layers) * items), added / (len(layers) * (items if num_items is None else num_items))
 
 
-def z_loss(logits_BTE: Tensor) -> Tensor:
-    """Squared log-sum-exp of the router's logits for each token, [B, T] (ST-MoE, arXiv 2202.08906, eq. 5)."""
-    return logits_BTE.logsumexp(dim=-1).square()
+def z_loss(logits: Tensor) -> Tensor:
+    """Squared log-sum-exp of the router's logits [..., E] (ST-MoE, arXiv 2202.08906, eq. 5)."""
+    return logits.logsumexp(dim=-1).square()
 
 
 def next_token_loss(

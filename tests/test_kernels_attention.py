@@ -247,11 +247,11 @@ def test_the_operator_is_registered_properly():
     step = Step(16, 2, 1, 32, 16, 20)
     c0, c1 = step.c.chunk(2, -1)
     rest = (None, step.lengths, None, None, None, 0, 20, SCALING, False)
-    torch.library.opcheck(kernels._latent_decode, (step.q, step.r, c0, c1, step.k, *rest))
+    torch.library.opcheck(kernels._latent_decode.registered, (step.q, step.r, c0, c1, step.k, *rest))
     c8, k = Step(16, 2, 1, 32, 16, 20, float8=True).cached
     known = ("test_autograd_registration", "test_faketensor")  # the others multiply what they are given
     arguments = step.q, step.r, *c8.tensor_split(2, -1), k, *rest
-    torch.library.opcheck(kernels._latent_decode, arguments, test_utils=known)
+    torch.library.opcheck(kernels._latent_decode.registered, arguments, test_utils=known)
 
 
 @pytest.mark.parametrize(

@@ -181,20 +181,20 @@ def test_decode_values(V, B, S, float8):
 
 def test_operators():
     x, weight, lengths = random(2, 16), random(16, seed=1), torch.tensor([3, 4], device=DEVICE, dtype=torch.int32)
-    torch.library.opcheck(kernels.norm_linear, (x, weight, EPS, random(5, 16), random(3, 16)))
-    torch.library.opcheck(kernels.norm_router, (x, weight, EPS, random(5, 16)))
-    torch.library.opcheck(kernels.linear_add, (x, random(5, 16), random(2, 5)))
+    torch.library.opcheck(kernels.norm_linear.registered, (x, weight, EPS, random(5, 16), random(3, 16)))
+    torch.library.opcheck(kernels.norm_router.registered, (x, weight, EPS, random(5, 16)))
+    torch.library.opcheck(kernels.linear_add.registered, (x, random(5, 16), random(2, 5)))
     kv, q, angles = random(2, 1, 48), random(2, 4, 1, 16), random(1, 1, 8)
     c, k = random(2, 6, 32), random(2, 6, 16)
     written = (kv, random(32), EPS, q, angles, angles, lengths, c, k, True)
-    torch.library.opcheck(kernels.write_latents, written)
-    torch.library.opcheck(kernels.write_latents, (*written, random(2, 4, 1, 6), random(4, 6, 32)))
+    torch.library.opcheck(kernels.write_latents.registered, written)
+    torch.library.opcheck(kernels.write_latents.registered, (*written, random(2, 4, 1, 6), random(4, 6, 32)))
     known = ("test_autograd_registration", "test_faketensor")  # the others multiply what they are given
-    torch.library.opcheck(kernels.write_latents, (*written[:7], *quantised(c, k), True), test_utils=known)
+    torch.library.opcheck(kernels.write_latents.registered, (*written[:7], *quantised(c, k), True), test_utils=known)
     slots = torch.tensor([3, -1], device=DEVICE), random(6, 24), random(6, 24, seed=1)
-    torch.library.opcheck(kernels.write_pages, (*written[:6], *slots, True))
+    torch.library.opcheck(kernels.write_pages.registered, (*written[:6], *slots, True))
     latent, turned = random(4, 2, 1, 32), random(4, 2, 1, 16)
-    torch.library.opcheck(kernels._decode_values, (latent, turned, c, k, lengths, None, random(4, 8, 32), 0.2))
+    torch.library.opcheck(kernels._decode_values.registered, (latent, turned, c, k, lengths, None, random(4, 8, 32), 0.2))
 
 
 @pytest.mark.parametrize(

@@ -163,10 +163,10 @@ def test_operators_are_declared_as_they_are(method, scoring):
     logits, bias = make_logits("random", 5, 20, method)
     softmax = scoring == "softmax"
     arguments = (logits.requires_grad_(True), bias, 6, not softmax, 5, 2, softmax, True, 2.5)
-    torch.library.opcheck(kernels_router._route, arguments)
+    torch.library.opcheck(kernels_router._route.registered, arguments)
     experts = kernels_router._route(*arguments)[1]
     dweights = torch.randn(5, 6, device=DEVICE)
-    torch.library.opcheck(kernels_router._route_backward, (dweights, logits.detach(), experts, softmax, True, 2.5))
+    torch.library.opcheck(kernels_router._route_backward.registered, (dweights, logits.detach(), experts, softmax, True, 2.5))
 
 
 def make_router(**changes) -> LamoeTopkRouter:
