@@ -17,17 +17,27 @@ except ImportError as error:
     raise ImportError("The fused router logits need Triton: pip install triton.") from error
 
 _ROWS, _DEPTH, _WIDTH = 64, 64, 64  # tokens, hidden width and experts that a program takes at a time
+_BLOCK = 1024  # weights that a program splits
 _SPLITS = 64  # programs among which the tokens of a weight's gradient are split
 LEAST_ROWS = 64  # for fewer tokens launches count, and cuBLAS has fewer
 
 
 @triton.jit
-def _parts(x, like):
-    """x [...] float32 as a sum of three of the dtype of `like`."""
-    first = x.to(like.dtype)
+def _parts(x, dtype: tl.constexpr):
+    """x [...] float32 as a sum of three of the dtype."""
+    first = x.to(dtype)
     rest = x - first.to(tl.float32)
-    second = rest.to(like.dtype)
-    return first, second, (rest - second.to(tl.float32)).to(like.dtype)
+    second = rest.to(dtype)
+    return first, second, (rest - second.to(tl.float32)).to(dtype)
+
+
+@triton.jit
+def _split_kernel(weight_ptr, parts_ptr, count, BLOCK: tl.constexpr):
+    """Three numbers whose sum is the float32 one, `count` each after the other."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    parts = _parts(tl.load(weight_ptr + i, mask=i < count, other=0.0), parts_ptr.dtype.element_ty)
+    for part in tl.static_range(3):
+        tl.store(parts_ptr + part * count + i, parts[part], mask=i < count)
 
 
 @triton.jit
@@ -69,7 +79,7 @@ def _tokens_gradient_kernel(
         at = parts_ptr + e[:, None] * D + c[None, :]
         inside = (e < E)[:, None] & (c < D)[None, :]
         w = tl.load(at, mask=inside, other=0.0)
-        high, low, _ = _parts(dout, w)
+        high, low, _ = _parts(dout, w.dtype)
         dx = tl.dot(high, tl.load(at + E * D, mask=inside, other=0.0), dx)
         dx = tl.dot(low, w, dx)
         dx = tl.dot(high, w, dx)
@@ -93,7 +103,7 @@ def _router_gradient_kernel(
         inside = (n < stop)[:, None]
         x = tl.load(x_ptr + n[:, None] * s_x + c[None, :], mask=inside & (c < D)[None, :], other=0.0)
         dout = tl.load(dout_ptr + n[:, None] * E + e[None, :], mask=inside & (e < E)[None, :], other=0.0)
-        high, middle, low = _parts(tl.trans(dout), x)
+        high, middle, low = _parts(tl.trans(dout), x.dtype)
         total = tl.dot(low, x)
         total = tl.dot(middle, x, total)
         out += tl.dot(high, x, total)
@@ -104,10 +114,7 @@ def _router_gradient_kernel(
 def _split(weight_ED: Tensor, dtype: torch.dtype) -> Tensor:
     """[3, E, D] of `dtype` whose sum is the float32 weight."""
     parts = torch.empty((3, *weight_ED.shape), dtype=dtype, device=weight_ED.device)
-    rest = weight_ED
-    for part in parts:
-        part.copy_(rest)
-        rest = rest - part
+    _split_kernel[(cdiv(weight_ED.numel(), _BLOCK),)](weight_ED, parts, weight_ED.numel(), BLOCK=_BLOCK, num_warps=4)
     return parts
 
 

@@ -194,7 +194,9 @@ def test_operators():
     slots = torch.tensor([3, -1], device=DEVICE), random(6, 24), random(6, 24, seed=1)
     torch.library.opcheck(kernels.write_pages.registered, (*written[:6], *slots, True))
     latent, turned = random(4, 2, 1, 32), random(4, 2, 1, 16)
-    torch.library.opcheck(kernels._decode_values.registered, (latent, turned, c, k, lengths, None, random(4, 8, 32), 0.2))
+    torch.library.opcheck(
+        kernels._decode_values.registered, (latent, turned, c, k, lengths, None, random(4, 8, 32), 0.2)
+    )
 
 
 @pytest.mark.parametrize(

@@ -393,7 +393,9 @@ def test_operators():
     torch.library.opcheck(loss_kernels.losses_gradient.registered, (scale, logits, targets, random(2), -100))
     q, kv, k, angles = random(1, 2, 3, 6), random(1, 2, 3, 7), random(1, 2, 2), random(1, 2, 1)
     torch.library.opcheck(heads_kernels._heads.registered, (q, kv, k, angles, angles, True))
-    torch.library.opcheck(heads_kernels._heads_gradient.registered, (q, q, random(1, 2, 3, 3), angles, angles, 2, True))
+    torch.library.opcheck(
+        heads_kernels._heads_gradient.registered, (q, q, random(1, 2, 3, 3), angles, angles, 2, True)
+    )
 
 
 @pytest.mark.parametrize("family", ["v2-lite", "v3", "glm-4.7-flash"])

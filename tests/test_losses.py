@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lamoe import losses
 from lamoe.losses import RunningLoad, next_token_loss, router_losses
 from tests.steps import W, gradients, ragged_batch, training_model
 from tests.test_moe import E, K, make_config
@@ -127,6 +128,29 @@ def test_gradient_of_the_balance_losses_is_that_of_the_formula(scope):
     ]
     slope = sum((g * d).sum() for g, d in zip(got, direction, strict=True))
     torch.testing.assert_close((moved[0] - moved[1]) / (2 * step), slope, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("scope", ["sequence", "batch", "global"])
+@pytest.mark.parametrize("positions", [None, torch.tensor([[0, 1, 2, 0, 1, 0]])], ids=["rows", "documents"])
+def test_layers_together_are_the_layers_one_by_one(monkeypatch, scope, positions):
+    """Of five layers three and two, all or one at a time: the losses, their gradients and the running load."""
+    layers, mask, labels, config = router_case(
+        aux_loss_scope=scope, **V2, device_loss_alpha=0.2, communication_loss_alpha=0.7, router_z_loss_coef=0.1
+    )
+    layers = [(logits * scale).requires_grad_() for scale in (1, 0.5) for logits in layers] + [layers[0] * 3]
+
+    def found(at_once):
+        monkeypatch.setattr(losses, "_AT_ONCE", at_once * layers[0].numel())
+        running = RunningLoad()
+        both = router_losses(layers, labels, mask, None, config, position_ids=positions, running=running)
+        load = () if running.choices is None else (running.choices,)
+        return *both, *torch.autograd.grad(both[1], layers[:4]), *load
+
+    alone, some, everything = found(0), found(3), found(2**20)
+    assert len(alone) == len(some) == 6 + (scope == "global")
+    for values in zip(alone, some, everything, strict=True):
+        for value in values[1:]:
+            torch.testing.assert_close(value, values[0], rtol=1e-12, atol=1e-15)
 
 
 def test_balance_loss_of_a_balanced_router_is_one():

@@ -166,7 +166,9 @@ def test_operators_are_declared_as_they_are(method, scoring):
     torch.library.opcheck(kernels_router._route.registered, arguments)
     experts = kernels_router._route(*arguments)[1]
     dweights = torch.randn(5, 6, device=DEVICE)
-    torch.library.opcheck(kernels_router._route_backward.registered, (dweights, logits.detach(), experts, softmax, True, 2.5))
+    torch.library.opcheck(
+        kernels_router._route_backward.registered, (dweights, logits.detach(), experts, softmax, True, 2.5)
+    )
 
 
 def make_router(**changes) -> LamoeTopkRouter:
