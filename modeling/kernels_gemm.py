@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels_launch import cdiv, next_power_of_2
-from .kernels_plan import Plan, tile_of
+from .kernels_launch import await_kernels, cdiv, next_power_of_2
+from .kernels_plan import Plan, early, tile_of
 
 try:  # inside `try`, or the Hub loader refuses the whole model where Triton is missing
     import triton
@@ -122,7 +122,7 @@ def _rows_kernel(
     X: tl.constexpr, Y: tl.constexpr, K: tl.constexpr, GATHER: tl.constexpr, TRANSPOSED: tl.constexpr,
     GATED: tl.constexpr, ACT: tl.constexpr, SAVE: tl.constexpr, BIAS: tl.constexpr, RAGGED: tl.constexpr,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
-    STAGES: tl.constexpr, PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr,
+    STAGES: tl.constexpr, PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y[r] = a[r] W[expert of r] for the rows of one tile after the other; persistent.
 
@@ -131,6 +131,7 @@ def _rows_kernel(
     """
     WIDE: tl.constexpr = COLUMNS // 2 if GATED else COLUMNS
     ACROSS: tl.constexpr = (Y + WIDE - 1) // WIDE
+    await_kernels(PDL)
     count = tl.load(tiles_ptr)
     for t in tl.range(tl.program_id(0), count * ACROSS, PROGRAMS, flatten=FLATTEN):
         first = t // (GROUP * ACROSS) * GROUP
@@ -322,7 +323,7 @@ def _launch_rows(
         X=a.shape[1], Y=y.shape[1], K=K, GATHER=gather, TRANSPOSED=transposed, GATED=act is not None, ACT=act,
         SAVE=h is not None, BIAS=bias is not None, RAGGED=has_tma(a), PRECISION=dot_precision(a.dtype), ROWS=tile.rows,
         COLUMNS=tile.columns, DEPTH=tile.depth, GROUP=tile.group, STAGES=tile.stages, PROGRAMS=programs,
-        FLATTEN=tile.flatten, num_warps=tile.warps,
+        FLATTEN=tile.flatten, num_warps=tile.warps, **early(a, len(plan.order)),
     )  # fmt: skip
 
 

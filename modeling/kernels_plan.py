@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels_launch import cdiv, next_power_of_2
+from .kernels_launch import await_kernels, cdiv, next_power_of_2, overlapping
 
 try:  # inside `try`, or the Hub loader refuses the whole model where Triton is missing
     import triton
@@ -105,14 +105,15 @@ def _store_places(order_ptr, positions_ptr, i, ids, row, end, E):
 
 @triton.jit(do_not_specialize=["M", "TILE"])
 def _place_few_kernel(
-    ids_ptr, order_ptr, positions_ptr, starts_ptr, tile_expert_ptr, tile_row_ptr, M, E, TILE,
-    MOST: tl.constexpr, IDS: tl.constexpr, READ: tl.constexpr, EP: tl.constexpr, GROUP: tl.constexpr,
+    ids_ptr, order_ptr, positions_ptr, starts_ptr, tile_expert_ptr, tile_row_ptr, M, E, TILE, MOST: tl.constexpr,
+    IDS: tl.constexpr, READ: tl.constexpr, EP: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The whole plan of up to MOST ids in one launch: the first programs write the tiles of GROUP experts each, the
     others place IDS ids, each behind all that are less, and those equal to it that come sooner.
 
     What depends on the number of rows is no constant, or each new number would compile anew.
     """
+    await_kernels(PDL)
     groups = tl.cdiv(E, GROUP)
     if tl.program_id(0) < groups:
         every = tl.arange(0, MOST)
@@ -181,9 +182,10 @@ def _place_kernel(
 @triton.jit
 def _combine_kernel(
     y_ptr, positions_ptr, weights_ptr, shared_ptr, out_ptr, D,
-    K: tl.constexpr, WEIGHTED: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr,
+    K: tl.constexpr, WEIGHTED: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[n] = sum over k of weights[n, k] y[positions[n, k]] (+ shared[n]), float32, k ascending."""
+    await_kernels(PDL)
     n = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = d < D
@@ -252,6 +254,14 @@ def _expert_sums_kernel(y_ptr, starts_ptr, out_ptr, D, ROWS: tl.constexpr, BLOCK
     tl.store(out_ptr + e.to(tl.int64) * D + d, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), mask=d < D)
 
 
+def early(x: Tensor, M: int) -> dict[str, bool]:
+    """`overlapping`, where so few rows are on their way that the borders of launches count.
+
+    256 tokens of decode gain 1 to 1.5 % on an H200; training steps of V2-Lite and Qwen3 would lose 1 to 2 %.
+    """
+    return overlapping(x) if M <= _FEW else {"PDL": False}
+
+
 def make_plan(top_k_index: Tensor, E: int, tile_rows: int, *, kept: bool) -> Tensor:
     """The packed plan of `top_k_index` [N, K], int64 or int32 and contiguous, for tiles of `tile_rows` rows.
 
@@ -265,8 +275,9 @@ def make_plan(top_k_index: Tensor, E: int, tile_rows: int, *, kept: bool) -> Ten
     parts = (plan.order, plan.positions, plan.starts, plan.tile_expert, plan.tile_row)
     if M <= _FEW:
         _place_few_kernel[(groups + cdiv(M, 32),)](
-            top_k_index, *parts, M, E, tile_rows, MOST=_FEW, IDS=32, READ=1024, EP=EP, GROUP=16, num_warps=8
-        )
+            top_k_index, *parts, M, E, tile_rows, MOST=_FEW, IDS=32, READ=1024, EP=EP, GROUP=16, num_warps=8,
+            **early(top_k_index, M),
+        )  # fmt: skip
         return packed
     splits = cdiv(M, _IDS)
     read, counts, totals = (packed.new_empty(length) for length in (splits * _IDS, splits * EP, EP))
@@ -290,6 +301,7 @@ def combine(y: Tensor, plan: Plan, top_k_weights: Tensor | None, shared: Tensor 
         _combine_kernel[(N, cdiv(D, block))](
             y, plan.positions, top_k_weights, shared, out, D,
             K=K, WEIGHTED=top_k_weights is not None, SHARED=shared is not None, BLOCK=block, num_warps=4,
+            **early(y, N * K),
         )  # fmt: skip
     return out
 
