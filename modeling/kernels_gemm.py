@@ -106,10 +106,13 @@ def _load_rows(
 
 
 @triton.jit
-def load_columns(rows, first, WIDTH: tl.constexpr, DEPTH: tl.constexpr):
-    """DEPTH columns from `first` on of rows that are WIDTH wide, from pointers [n, 1] to their beginnings."""
+def load_columns(rows, first, WIDTH: tl.constexpr, DEPTH: tl.constexpr, live=None):
+    """DEPTH columns from `first` on of rows that are WIDTH wide, from pointers [n, 1] to their beginnings; zeros of
+    rows that are not `live` [n, 1]."""
     c = first + tl.arange(0, DEPTH)
-    if WIDTH % DEPTH == 0:
+    if live is not None:
+        return tl.load(rows + c[None, :], mask=live if WIDTH % DEPTH == 0 else live & (c < WIDTH)[None, :], other=0.0)
+    elif WIDTH % DEPTH == 0:
         return tl.load(rows + c[None, :])
     else:
         return tl.load(rows + c[None, :], mask=(c < WIDTH)[None, :], other=0.0)

@@ -168,6 +168,17 @@ def test_each_way_is_right_in_poisoned_memory(monkeypatch, way):
         assert taken and way not in taken
 
 
+@pytest.mark.skipif(GPU, reason="tiles of the interpreter")
+@pytest.mark.parametrize("widths", [(40, 20), (32, 48)], ids=["between steps", "whole steps"])
+def test_wide_tiles_of_tokens_load_no_absent_ones(monkeypatch, widths):
+    """Of fewer tokens than a tile has, of more, and of nobody's."""
+    poison(monkeypatch)
+    tiles = kernels_tiles.SwappedTile(16, 32, 16, 1, 2), kernels_tiles.SwappedTile(32, 32, 16, 1, 2)
+    monkeypatch.setattr(kernels_moe, "few_rows", lambda *arguments: tiles)
+    for seed, N in enumerate((5, 70)):
+        assert_right(make_case(N, *widths, 3, 2, seed=seed, sentinels=True), ())
+
+
 def test_poisoned_memory_changes_nothing(monkeypatch):
     case = make_case(9, 20, 12, 4, 2, device=DEVICE, seed=10, sentinels=True)
     modes = [{}, {"recompute": True}, {"batch_invariant": True}]
@@ -447,6 +458,18 @@ def on_gpu(function):
 def test_gpu_output_and_gradients(shape, dtype):
     case = make_case(*shape, dtype=dtype, device=DEVICE, sentinels=True)
     assert_right(case)
+    assert_right(case, ())
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("tokens", [84, 120, 160])
+def test_gpu_some_tokens_of_wide_experts(monkeypatch, tokens, dtype):
+    """Swapped operands by 64 tokens, on a Hopper; of 20 to 40 rows an expert on average."""
+    case = make_case(tokens, 4096, 2056, 8, 2, dtype=dtype, device=DEVICE, sentinels=True)
+    way = kernels_tiles.few_rows(case.x, 2 * tokens, 8, 4096, 2056)
+    assert way is not None or torch.cuda.get_device_capability()[0] < 9
+    poison(monkeypatch)
     assert_right(case, ())
 
 
