@@ -56,8 +56,8 @@ def next_power_of_2(x: int) -> int:
 class Operator:
     """A function as an operator of `torch.library`, on the device of its first argument, whichever is current.
 
-    A call that autograd, compilers, transforms and modes have nothing to do with goes past PyTorch's dispatcher, which
-    saves the host 20 to 40 us.
+    A call that autograd, compilers, transforms and dispatch modes have nothing to do with goes past PyTorch's
+    dispatcher, which saves the host 20 to 40 us.
 
     Attributes:
         registered: what `torch.library.custom_op` made of the function.
@@ -74,9 +74,9 @@ class Operator:
         self.register_fake = self.registered.register_fake
         self._run = None if mutates_args else run  # the dispatcher notes that an argument has changed
 
-    def __call__(self, *inputs):
-        if torch.compiler.is_compiling() or self._run is None or not _plain(inputs):
-            return self.registered(*inputs)
+    def __call__(self, *inputs, **named):
+        if torch.compiler.is_compiling() or self._run is None or named or not _plain(inputs):
+            return self.registered(*inputs, **named)
         return self._run(*inputs)
 
 
@@ -87,20 +87,24 @@ def operator(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callabl
 
 _VALUES = {int, float, bool, str, type(None)}
 _TENSORS = {Tensor, torch.nn.Parameter}
-# how many modes watch what is dispatched, and whether torch.func transforms it
+# Without public names: how many modes watch what is dispatched, and what comes before it; whether torch.func
+# transforms; whether a tensor is a batch of autograd's (`is_grads_batched`).
 _MODES = getattr(torch._C, "_len_torch_dispatch_stack", None)
+_EARLY_MODES = getattr(torch._ops, "_len_torch_dispatch_stack_pre_dispatch", None)
 _TRANSFORMED = getattr(torch._C, "_are_functorch_transforms_active", None)
+_BATCHED = getattr(torch._C._functorch, "is_legacy_batchedtensor", None)
+_ASKS = all((_MODES, _EARLY_MODES, _TRANSFORMED, _BATCHED))
 
 
 def _plain(inputs: tuple) -> bool:
-    """Whether nothing but the values of these inputs matters to a call."""
-    if _MODES is None or _TRANSFORMED is None or _MODES() or _TRANSFORMED() or torch.jit.is_tracing():
+    """Whether nothing but the values of these inputs, as they lie in memory, matters to a call."""
+    if not _ASKS or _MODES() or _EARLY_MODES() or _TRANSFORMED() or torch.jit.is_tracing():
         return False
     wanted = torch.is_grad_enabled()
     for x in inputs:
         kind = type(x)
         if kind in _TENSORS:
-            if wanted and x.requires_grad:
+            if (wanted and x.requires_grad) or x.is_meta or x.is_neg() or _BATCHED(x):
                 return False
         elif kind not in _VALUES:
             return False

@@ -165,7 +165,8 @@ def router_losses(
         labelled_BT = F.pad(labelled_BT[:, 1:], (1, 0))
     scope = config.balance_scope
     layers = [logits.view(B, T, 1, -1).to(labels.device) for logits in router_logits]
-    at_once = max(_AT_ONCE // max(layers[0].numel(), 1), 1)
+    # a compiler sets launches together itself, and would compile anew for each number of layers
+    at_once = 1 if torch.compiler.is_compiling() else max(_AT_ONCE // max(layers[0].numel(), 1), 1)
     stacks = layers
     if at_once > 1:
         stacks = [torch.cat(layers[i : i + at_once], dim=2) for i in range(0, len(layers), at_once)]  # [B, T, L, E]

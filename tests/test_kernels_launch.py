@@ -7,6 +7,7 @@ import torch
 import triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lamoe import kernels_launch
@@ -47,9 +48,9 @@ def dispatched(monkeypatch) -> list[str]:
     def watched(op: Operator):
         through = op.registered
 
-        def call(*inputs):
+        def call(*inputs, **named):
             seen.append(through._name)
-            return through(*inputs)
+            return through(*inputs, **named)
 
         monkeypatch.setattr(op, "registered", call)
 
@@ -88,17 +89,40 @@ def test_calls_that_somebody_watches_do_not(dispatched):
         fake = mode.from_tensor(x)
         assert counts(lambda: scaled(fake, None, 2.0)).shape == x.shape
     counts(lambda: torch.vmap(lambda row: scaled(row, None, 2.0))(torch.stack((x, x))))
+    assert counts(lambda: scaled(x.to("meta"), None, 2.0)).is_meta
+    minus = torch._neg_view(x)  # its memory holds x
+    torch.testing.assert_close(counts(lambda: scaled(minus, None, 2.0)), -2 * x)
+    torch.testing.assert_close(counts(lambda: scaled(x, other=None, factor=2.0)), 2 * x)
+    graph = counts(lambda: make_fx(lambda x: scaled(x, None, 2.0), pre_dispatch=True)(x))
+    assert "test_scaled" in graph.code
     traced = counts(lambda: torch.jit.trace(lambda x: scaled(x, None, 2.0), x, check_trace=False))
     assert "test_scaled" in str(traced.graph)
     with pytest.raises(RuntimeError, match="test_scaled"):  # no value of such a type: the dispatcher says so
         counts(lambda: scaled(x, None, [2.0]))
 
 
-@pytest.mark.parametrize("name", ["_MODES", "_TRANSFORMED"])
-def test_where_pytorch_does_not_tell_who_watches(dispatched, monkeypatch, name):
-    monkeypatch.setattr(kernels_launch, name, None)
+def test_where_pytorch_does_not_tell_who_watches(dispatched, monkeypatch):
+    monkeypatch.setattr(kernels_launch, "_ASKS", False)
     scaled(torch.ones(2), None, 2.0)
     assert len(dispatched) == 1
+
+
+class Scaling(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return scaled(x, None, 2.0)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return scaled(dy, None, 2.0)
+
+
+def test_batched_gradients(dispatched):
+    """Autograd's batches look like plain tensors, but have no memory that a kernel could read."""
+    x, dys = torch.randn(3, requires_grad=True), torch.randn(4, 3)
+    (got,) = torch.autograd.grad(Scaling.apply(x), x, dys, is_grads_batched=True)
+    torch.testing.assert_close(got, 2 * dys)
+    assert len(dispatched) == 1  # of the backward
 
 
 def test_a_changed_argument_has_a_new_version(dispatched):

@@ -153,6 +153,18 @@ def test_layers_together_are_the_layers_one_by_one(monkeypatch, scope, positions
             torch.testing.assert_close(value, values[0], rtol=1e-12, atol=1e-15)
 
 
+def test_a_compiled_loss_is_not_compiled_for_each_length():
+    """Two times: once for a length, once for any."""
+    config, graphs = make_config(scoring_func="softmax", topk_method="greedy"), []
+    compiled = torch.compile(router_losses, backend=lambda graph, inputs: graphs.append(graph) or graph)
+    for length in range(20, 60, 5):
+        layers = [torch.randn(length, E) for _ in range(3)]
+        labels = torch.zeros(1, length, dtype=torch.long)
+        found = compiled(layers, labels, None, None, config), router_losses(layers, labels, None, None, config)
+        torch.testing.assert_close(*found)
+    assert len(graphs) == 2
+
+
 def test_balance_loss_of_a_balanced_router_is_one():
     config = make_config(scoring_func="softmax", topk_method="greedy")
     logits = torch.eye(E).roll(1, 0) * 1e-6
