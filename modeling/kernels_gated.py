@@ -6,13 +6,13 @@ Both round once, where the eager form in recompute.py, which defines the result,
 import torch
 from torch import Tensor
 
-from .kernels_launch import cdiv, operator
-
 try:  # inside `try`, or the Hub loader refuses the whole model where Triton is missing
     import triton
     import triton.language as tl
 except ImportError as error:
     raise ImportError("The fused gate needs Triton: pip install triton.") from error
+
+from .kernels_launch import cdiv, operator
 
 _BLOCK = 2048
 

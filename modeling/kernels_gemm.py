@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels_launch import await_kernels, cdiv, next_power_of_2
 from .kernels_plan import Plan, early, tile_of
 
 try:  # inside `try`, or the Hub loader refuses the whole model where Triton is missing
@@ -24,6 +23,7 @@ except ImportError as error:
         "The fused experts need Triton: pip install triton, or experts_implementation='eager'."
     ) from error
 
+from .kernels_launch import await_kernels, cdiv, next_power_of_2
 
 PAD = 128  # rows behind the last expert's that a weight gradient may read
 _CACHED = 2**23  # bytes that stay in the L2 cache while tiles are made of them

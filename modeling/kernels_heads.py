@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .kernels_launch import next_power_of_2, operator
-
 try:  # inside `try`, or the Hub loader refuses the whole model where Triton is missing
     import triton
     import triton.language as tl
 except ImportError as error:
     raise ImportError("The fused heads need Triton: pip install triton.") from error
+
+from .kernels_launch import next_power_of_2, operator
 
 _HEADS = 16  # that a program takes at a time
 

@@ -8,13 +8,13 @@ recompute.exact_linear. Letters: N tokens, D hidden, E experts.
 import torch
 from torch import Tensor
 
-from .kernels_launch import cdiv, operator
-
 try:  # inside `try`, or the Hub loader refuses the whole model where Triton is missing
     import triton
     import triton.language as tl
 except ImportError as error:
     raise ImportError("The fused router logits need Triton: pip install triton.") from error
+
+from .kernels_launch import cdiv, operator
 
 _ROWS, _DEPTH, _WIDTH = 64, 64, 64  # tokens, hidden width and experts that a program takes at a time
 _BLOCK = 1024  # weights that a program splits

@@ -6,13 +6,13 @@ Letters: X targets, W vocabulary. The eager form, which defines the result, is t
 import torch
 from torch import Tensor
 
-from .kernels_launch import operator
-
 try:  # inside `try`, or the Hub loader refuses the whole model where Triton is missing
     import triton
     import triton.language as tl
 except ImportError as error:
     raise ImportError("The fused loss needs Triton: pip install triton.") from error
+
+from .kernels_launch import operator
 
 _BLOCK = 4096
 

@@ -9,8 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels_launch import await_kernels, cdiv, next_power_of_2, overlapping
-
 try:  # inside `try`, or the Hub loader refuses the whole model where Triton is missing
     import triton
     import triton.language as tl
@@ -18,6 +16,8 @@ except ImportError as error:
     raise ImportError(
         "The fused experts need Triton: pip install triton, or experts_implementation='eager'."
     ) from error
+
+from .kernels_launch import await_kernels, cdiv, next_power_of_2, overlapping
 
 SMALLEST_TILE = 16
 _IDS = 128  # ids that a program counts and places

@@ -1,6 +1,9 @@
 """Operators: which calls go past PyTorch's dispatcher, and that the others do not."""
 
+import importlib
 import itertools
+import re
+import sys
 
 import pytest
 import torch
@@ -150,3 +153,20 @@ def test_sizes_are_those_of_triton():
         assert cdiv(a, b) == triton.cdiv(a, b)
     for x in (1, 2, 3, 4, 5, 64, 65, 1408, 2**20 - 1):
         assert next_power_of_2(x) == triton.next_power_of_2(x)
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("moe", "The fused experts need Triton: pip install triton, or experts_implementation='eager'."),
+        ("gated", "The fused gate needs Triton: pip install triton."),
+        ("logits", "The fused router logits need Triton: pip install triton."),
+    ],
+)
+def test_without_triton_it_is_said_what_needs_it(monkeypatch, name, text):
+    """Each module looks for Triton before it imports this one, which knows no way out."""
+    for module in [module for module in sys.modules if module.startswith("lamoe.kernels_")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ImportError, match=f"^{re.escape(text)}$"):
+        importlib.import_module(f"lamoe.kernels_{name}")
