@@ -139,11 +139,13 @@ def _swapped_up_kernel(
     x_ptr, w_desc, a_ptr, done_ptr, order_ptr, starts_ptr, tile_expert_ptr, tile_row_ptr, tiles_ptr,
     D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr,
     TOKENS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, COLUMNS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """a.T = act(Wgate x.T) * (Wup x.T) for ROWS rows of both weights and the rows of one tile of TOKENS.
 
     The first program also clears done [COLUMNS], which the next kernel counts with.
     """
+    await_kernels(PDL)
     ACROSS: tl.constexpr = (F + ROWS - 1) // ROWS
     tile = tl.program_id(0) // ACROSS
     f = tl.program_id(0) % ACROSS * ROWS
@@ -174,9 +176,10 @@ def _swapped_down_kernel(
     a_ptr, w_desc, y_ptr, positions_ptr, weights_ptr, shared_ptr, out_ptr, done_ptr,
     starts_ptr, tile_expert_ptr, tile_row_ptr, tiles_ptr, N, D: tl.constexpr, F: tl.constexpr, K: tl.constexpr,
     SHARED: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y.T = W a.T for ROWS rows of W and one tile; who ends last for these ROWS sums up every token, k ascending."""
+    await_kernels(PDL)
     ACROSS: tl.constexpr = (D + ROWS - 1) // ROWS
     tile = tl.program_id(0) // ACROSS
     column = tl.program_id(0) % ACROSS
@@ -259,12 +262,12 @@ def swapped_experts(
     _swapped_up_kernel[(most * cdiv(F, up_tile.rows),)](
         x, TensorDescriptor.from_tensor(gate_up.view(-1, D), [up_tile.rows, up_tile.depth]), a, done, plan.order,
         *tiles, D=D, F=F, K=K, ACT=act, PRECISION=precision, ROWS=up_tile.rows, TOKENS=up_tile.tokens,
-        DEPTH=up_tile.depth, STAGES=up_tile.stages, COLUMNS=across, num_warps=up_tile.warps,
+        DEPTH=up_tile.depth, STAGES=up_tile.stages, COLUMNS=across, num_warps=up_tile.warps, **overlapping(x),
     )  # fmt: skip
     _swapped_down_kernel[(most * across,)](
         a, TensorDescriptor.from_tensor(down.view(-1, F), [down_tile.rows, down_tile.depth]), y,
         plan.positions, top_k_weights, shared, out, done, *tiles, N, D=D, F=F, K=K, SHARED=shared is not None,
         PRECISION=precision, ROWS=down_tile.rows, TOKENS=down_tile.tokens, DEPTH=down_tile.depth,
-        STAGES=down_tile.stages, num_warps=down_tile.warps,
+        STAGES=down_tile.stages, num_warps=down_tile.warps, **overlapping(x),
     )  # fmt: skip
     return out

@@ -149,7 +149,7 @@ def _flat(order_ptr, r, end):
 @gluon.jit
 def _differentiate(da_s, ready, drained, h_ptr, weights_ptr, order_ptr, dh_ptr, a_ptr, parts_ptr, starts_ptr,
                    tile_expert_ptr, tile_row_ptr, count, F: gl.constexpr, ACROSS: gl.constexpr, GROUP: gl.constexpr,
-                   ACT: gl.constexpr):  # fmt: skip
+                   ACT: gl.constexpr, SCALED: gl.constexpr):  # fmt: skip
     """The warpgroup that makes dh of each tile of dA, a block of rows at a time, with what was saved of the next block
     already on its way, and the indices of the one after that."""
     BLOCK: gl.constexpr = da_s.shape[1]
@@ -198,8 +198,9 @@ def _differentiate(da_s, ready, drained, h_ptr, weights_ptr, order_ptr, dh_ptr, 
                 at = dh_ptr + (2 * r.to(gl.int64))[:, None] * F + (columns + piece * WIDTH)[None, :]
                 gl.store(at, (da * up * slope).to(dtype), mask=mask)
                 gl.store(at + F, (da * y).to(dtype), mask=mask)
-                at = a_ptr + r.to(gl.int64)[:, None] * F + (columns + piece * WIDTH)[None, :]
-                gl.store(at, (weight * y * up).to(dtype), mask=mask)
+                if SCALED:
+                    at = a_ptr + r.to(gl.int64)[:, None] * F + (columns + piece * WIDTH)[None, :]
+                    gl.store(at, (weight * y * up).to(dtype), mask=mask)
             if block % BLOCKS == BLOCKS - 1:
                 barrier()  # all have read
                 mbarrier.arrive(drained.index(me), count=1)
@@ -213,11 +214,11 @@ def _differentiate(da_s, ready, drained, h_ptr, weights_ptr, order_ptr, dh_ptr, 
 @gluon.jit
 def _hidden_kernel(
     a_desc, w_desc, h_ptr, weights_ptr, dh_ptr, a_ptr, parts_ptr, order_ptr, starts_ptr, tile_expert_ptr, tile_row_ptr,
-    tiles_ptr, X: gl.constexpr, F: gl.constexpr, ACT: gl.constexpr, COLUMNS: gl.constexpr,
+    tiles_ptr, X: gl.constexpr, F: gl.constexpr, ACT: gl.constexpr, SCALED: gl.constexpr, COLUMNS: gl.constexpr,
     DEPTH: gl.constexpr, BLOCK: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """dA[r] = a[r] W[expert of r], of a [M, X] and W [E, X, F], and from it dh [M, 2, F], parts [M, ACROSS] of each
-    row's <dA, A> by column tile, at the row's flat index, and w * act(gate) * up [M, F]; persistent."""
+    row's <dA, A> by column tile, at the row's flat index, and w * act(gate) * up [M, F] if SCALED; persistent."""
     dtype: gl.constexpr = dh_ptr.dtype.element_ty
     ACROSS: gl.constexpr = (F + COLUMNS - 1) // COLUMNS
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -244,7 +245,7 @@ def _hidden_kernel(
             (_multiply, (a_desc, w_desc, a_s, w_s, da_s, full, free, ready, drained, starts_ptr, tile_expert_ptr,
                          tile_row_ptr, count, 1, X, ACROSS, GROUP, STAGES)),
             (_differentiate, (blocks, ready, drained, h_ptr, weights_ptr, order_ptr, dh_ptr, a_ptr, parts_ptr,
-                              starts_ptr, tile_expert_ptr, tile_row_ptr, count, F, ACROSS, GROUP, ACT)),
+                              starts_ptr, tile_expert_ptr, tile_row_ptr, count, F, ACROSS, GROUP, ACT, SCALED)),
         ],
         [4, 4],
         [168, 168],
@@ -278,27 +279,27 @@ def fits(x: Tensor, tile: Tile) -> bool:
 
 
 def hidden_gradient(
-    dy_MD: Tensor, down_EDF: Tensor, h: Tensor, top_k_weights: Tensor, plan: Plan, act: str, tile: Tile
+    dy_MD: Tensor, down_EDF: Tensor, h: Tensor, top_k_weights: Tensor, plan: Plan, act: str, scaled: bool, tile: Tile
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As kernels_gemm.plain_rows of packed rows [M, D] and act_gradient of its result, with a tile of 128 x 256 that
-    `fits`: w * act(gate) * up [M, F], dh [M, 2F], and the router weights' gradient [N, K], whose sums are cut
-    otherwise."""
+    `fits`: dh [M, 2F], the router weights' gradient [N, K], whose sums are cut otherwise, and, if `scaled`,
+    w * act(gate) * up [M, F], else [0]."""
     (M, D), (E, _, F) = dy_MD.shape, down_EDF.shape
-    a = dy_MD.new_empty((M, F))
+    a = dy_MD.new_empty((M, F) if scaled else (0,))
     dh, dw = torch.empty_like(h), torch.empty_like(top_k_weights)
     if not M:
-        return a, dh, dw
+        return dh, dw, a
     across = cdiv(F, COLUMNS)
     parts = dy_MD.new_empty((M, across), dtype=torch.float32)
     _hidden_kernel[(multiprocessors(dy_MD),)](
         TensorDescriptor.from_tensor(dy_MD, [64, DEPTH], box_layout(2, DEPTH)),
         TensorDescriptor.from_tensor(down_EDF, [1, DEPTH, COLUMNS], box_layout(3)),
         h, top_k_weights, dh, a, parts, plan.order, plan.starts, plan.tile_expert, plan.tile_row,
-        plan.tiles, X=D, F=F, ACT=act, COLUMNS=COLUMNS, DEPTH=DEPTH, BLOCK=BLOCK, GROUP=tile.group,
-        STAGES=STAGES, num_warps=4,
+        plan.tiles, X=D, F=F, ACT=act, SCALED=scaled, COLUMNS=COLUMNS, DEPTH=DEPTH, BLOCK=BLOCK,
+        GROUP=tile.group, STAGES=STAGES, num_warps=4,
     )  # fmt: skip
     _finish_kernel[(max(cdiv(M, 256), PAD),)](
         parts, plan.positions, plan.starts, dw, dh, M, E,
         ACROSS=across, WIDTH=2 * F, PAD=PAD, BLOCK=256, AT_ONCE=1024,
     )  # fmt: skip
-    return a, dh, dw
+    return dh, dw, a

@@ -44,14 +44,19 @@ def _hopper(device: torch.device) -> dict[str, tuple[Callable, Callable]]:
     return {"up": (fits, up_rows), "hidden": (hidden_fits, hidden_gradient), "weight": (fits, new_weight_gradient)}
 
 
+def _fits(name: str, tile: Tile, x: Tensor) -> bool:
+    """Whether the kernel of that name is there for x and the tile."""
+    fits, _ = _hopper(x.device).get(name, (None, None))
+    return fits is not None and fits(x, tile)
+
+
 def _specialised(name: str, tile: Tile, x: Tensor, *rest) -> Tensor | tuple[Tensor, ...] | None:
     """What the kernel of that name makes of x and the rest; None where it does not run."""
-    kernels = _hopper(x.device)
-    fits, run = kernels.get(name, (None, None))
-    if fits is None or not fits(x, tile):
+    if not _fits(name, tile, x):
         return None
+    kernels = _hopper(x.device)
     with optional_kernel(name, lambda: kernels.pop(name, None), logger):
-        return run(x, *rest, tile)
+        return kernels[name][1](x, *rest, tile)
     return None
 
 
@@ -64,17 +69,18 @@ def gated_up(
 
 
 def gated_gradient(
-    rows: Tensor, down: Tensor, h: Tensor, top_k_weights: Tensor, plan: Plan, act: str, tile: Tile
+    rows: Tensor, down: Tensor, h: Tensor, top_k_weights: Tensor, plan: Plan, act: str, scaled: bool, tile: Tile
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of packed output gradients [M, D]: w * act(gate) * up [M, F], dh [M, 2F] and the router weights' gradient.
+    """Of packed output gradients [M, D]: dh [M, 2F], the router weights' gradient and, if `scaled`,
+    w * act(gate) * up [M, F], else anything.
 
     By whichever kernels are the faster.
     """
-    quick = _specialised("hidden", tile, rows, down, h, top_k_weights, plan, act)
+    quick = _specialised("hidden", tile, rows, down, h, top_k_weights, plan, act, scaled)
     if quick is not None:
         return quick
     da = plain_rows(rows, down, plan, top_k_weights.shape[1], tile, gather=False, transposed=True)
-    return da, *act_gradient(da, h, top_k_weights, plan, len(down), act, True)
+    return *act_gradient(da, h, top_k_weights, plan, len(down), act, scaled), da
 
 
 def expert_gradient(a: Tensor, b: Tensor, plan: Plan, E: int, into: Tensor | None, tile: Tile) -> Tensor:
@@ -139,9 +145,10 @@ def _backward(
     dx = torch.empty_like(x) if need_x else x.new_empty(0)
     d_gate_up = d_down = None
     rows = x.new_empty((M, D))  # in turn: each row's output gradient, its token, its token's gradient
-    if need_down:
+    if need_down or _fits("hidden", tiles.da, dy):
         # the weight gradient needs them packed, and from then on the copy engine fetches them faster than a gather
-        a, dh, dw = gated_gradient(pack(dy, plan, E, K, PAD, rows), down, h, top_k_weights, plan, act, tiles.da)
+        packed_dy = pack(dy, plan, E, K, PAD, rows)
+        dh, dw, a = gated_gradient(packed_dy, down, h, top_k_weights, plan, act, need_down, tiles.da)
     else:
         da = plain_rows(dy, down, plan, K, tiles.down, gather=True, transposed=True)
         dh, dw = act_gradient(da, h, top_k_weights, plan, E, act, False)

@@ -57,13 +57,15 @@ _MANY = Tiles(
     dx=Tile(128, 256, 64, 8, 3, flatten=True),
     dw=Tile(128, 256, 64, 8, 3, specialised=True),
 )
-# on an H100, specialised warps cost 5 % of a forward of V3's width, and gain nothing at Mixtral's; on an H200, the
-# product alone gains 5 % at V3's
-_MANY_WIDE = _MANY._replace(
-    up=Tile(128, 256, 64, 8, 3, group=32), up_saving=Tile(128, 256, 64, 8, 3, group=32, flatten=True)
-)
+# V3's width: row tiles of about one expert share a weight tile. An H100, each way alone until its power has settled:
+# forward 9.47 ms, 9.80 with 16 row tiles, 10.01 by Triton's kernel; Mixtral's 4.76, 4.65, 4.72
+_MANY_WIDE = _MANY._replace(up=_MANY.up._replace(group=8), up_saving=_MANY.up_saving._replace(group=8))
 # at 64 rows an expert half of them have more than one tile of 64 (Mixtral's 256 tokens: 750 us, not 732)
-_SOME_WIDE = _MANY_WIDE._replace(up=Tile(128, 256, 64, 8, 4, group=32), down=Tile(128, 256, 64, 8, 3, group=32))
+_SOME_WIDE = _MANY._replace(
+    up=Tile(128, 256, 64, 8, 4, group=32),
+    up_saving=Tile(128, 256, 64, 8, 3, group=32, flatten=True),
+    down=Tile(128, 256, 64, 8, 3, group=32),
+)
 _SOME = Tiles(
     up=Tile(64, 256, 64, 4, 4, group=32, flatten=True),
     up_saving=Tile(64, 128, 64, 4, 4, blocks=2),
@@ -73,7 +75,7 @@ _SOME = Tiles(
     dw=_MANY.dw,
 )
 _HOPPER = Device(
-    ((96, 4096, _MANY_WIDE), (96, 0, _MANY), (64, 4096, _SOME_WIDE), (0, 0, _SOME)),
+    ((96, 6144, _MANY_WIDE), (96, 0, _MANY), (64, 4096, _SOME_WIDE), (0, 0, _SOME)),
     _VECTOR._replace(
         swapped=(
             Swapped(8, 0, SwappedTile(64, 16, 128, 4, 3), SwappedTile(128, 16, 128, 4, 3)),

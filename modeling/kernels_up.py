@@ -69,6 +69,16 @@ def _tokens(order_ptr, row, end, K: gl.constexpr, ROWS: gl.constexpr, LAYOUT: gl
 
 
 @gluon.jit
+def _begin_rows(place, rows, live, c, X: gl.constexpr):
+    """Begin to copy columns c of rows, from pointers to their beginnings; zeros, which cost no power to multiply, in
+    the place of rows that are not `live`."""
+    if X % place.shape[1] == 0:
+        begin_reading(place, rows[:, None] + c[None, :], mask=live[:, None])
+    else:
+        begin_reading(place, rows[:, None] + c[None, :], mask=live[:, None] & (c < X)[None, :])
+
+
+@gluon.jit
 def _fetch(x_ptr, w_desc, a_s, w_s, full, free, order_ptr, starts_ptr, tile_expert_ptr, tile_row_ptr, count,
            X: gl.constexpr, K: gl.constexpr, ACROSS: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
            LAG: gl.constexpr):  # fmt: skip
@@ -78,6 +88,7 @@ def _fetch(x_ptr, w_desc, a_s, w_s, full, free, order_ptr, starts_ptr, tile_expe
     HALF: gl.constexpr = w_s.shape[1] // 2
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     of_rows: gl.constexpr = gl.SliceLayout(1, layout)
+    i = gl.arange(0, ROWS, layout=of_rows)
     c = gl.arange(0, DEPTH, layout=gl.SliceLayout(0, layout))
     slot = 0
     phase = 1  # of the round before the first: every stage is free
@@ -88,6 +99,8 @@ def _fetch(x_ptr, w_desc, a_s, w_s, full, free, order_ptr, starts_ptr, tile_expe
     for t in range(gl.program_id(0), count * ACROSS, gl.num_programs(0)):
         rows0 = x_ptr + tokens0.to(gl.int64) * X
         rows1 = x_ptr + tokens1.to(gl.int64) * X
+        live0 = row + i < end
+        live1 = row + ROWS + i < end
         column = across * HALF
         expert = e
         across, e, row, end = row_tile(
@@ -100,13 +113,8 @@ def _fetch(x_ptr, w_desc, a_s, w_s, full, free, order_ptr, starts_ptr, tile_expe
             bar = full.index(slot)
             mbarrier.expect(bar, w_s.shape[1] * DEPTH * 2)
             begin_copy(w_desc, [2 * expert, column, k], bar, w_s.index(slot))
-            if X % DEPTH == 0:
-                begin_reading(a_s.index(2 * slot), rows0[:, None] + (k + c)[None, :])
-                begin_reading(a_s.index(2 * slot + 1), rows1[:, None] + (k + c)[None, :])
-            else:
-                inside = (k + c < X)[None, :]
-                begin_reading(a_s.index(2 * slot), rows0[:, None] + (k + c)[None, :], mask=inside)
-                begin_reading(a_s.index(2 * slot + 1), rows1[:, None] + (k + c)[None, :], mask=inside)
+            _begin_rows(a_s.index(2 * slot), rows0, live0, k + c, X)
+            _begin_rows(a_s.index(2 * slot + 1), rows1, live1, k + c, X)
             async_copy.commit_group()
             async_copy.wait_group(LAG)
             fence_async_shared()

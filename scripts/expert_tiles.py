@@ -49,7 +49,7 @@ def best_tiles(shape: str) -> list[dict]:
     gated = {
         "up": lambda t: gated_up(x, gate_up, plans[t.rows], K, "silu", False, t),
         "up_saving": lambda t: gated_up(x, gate_up, plans[t.rows], K, "silu", True, t),
-        "da": lambda t: gated_gradient(rows, down, h, layer.weights, plans[t.rows], "silu", t),
+        "da": lambda t: gated_gradient(rows, down, h, layer.weights, plans[t.rows], "silu", True, t),
     }
     stages = {
         "down": lambda t: plain_rows(a, down, plans[t.rows], K, t, **plain),

@@ -152,12 +152,14 @@ def compile_all(name: str):
 
     E, K = 64, 8
 
-    def experts(dtype, N, *, D=2048, F=1408, train=False, **options):
+    def experts(dtype, N, *, D=2048, F=1408, train=False, frozen=False, **options):
         x, shared = (torch.empty(N, D, dtype=dtype) for _ in range(2))
         weights = [torch.empty(shape, dtype=dtype) for shape in ((E, 2 * F, D), (E, D, F))]
         scales = torch.empty(N, K)
         for tensor in (x, scales, shared, *weights):
             tensor.requires_grad_(train)
+        for tensor in weights if frozen else ():
+            tensor.requires_grad_(False)
         for tensor in weights if options.get("accumulate") else ():
             tensor.grad = torch.empty_like(tensor)
         index = torch.zeros(N, K, dtype=torch.int64)
@@ -206,13 +208,13 @@ def compile_all(name: str):
         moe._hopper = lambda device: kernels
         logging.basicConfig()
         moe.logger.setLevel("DEBUG")  # why something does not compile
-        for dtype, D, F, act, train in (
-            (torch.bfloat16, 2048, 1408, "silu", True), (torch.bfloat16, 2048, 1408, "silu", False),
-            (torch.float16, 176, 72, "gelu", True), (torch.bfloat16, 64, 64, "relu", False),
-            (torch.bfloat16, 2880, 2880, "gelu_tanh", True), (torch.bfloat16, 4096, 1408, "silu", True),
+        for dtype, D, F, act, train, frozen in (
+            (torch.bfloat16, 2048, 1408, "silu", True, False), (torch.bfloat16, 2048, 1408, "silu", False, False),
+            (torch.float16, 176, 72, "gelu", True, False), (torch.bfloat16, 64, 64, "relu", False, False),
+            (torch.bfloat16, 2880, 2880, "gelu_tanh", True, True), (torch.bfloat16, 6144, 1408, "silu", True, False),
         ):  # fmt: skip
-            context.update(dtype=str(dtype)[6:], case=f"in Gluon, {D} x {F}, {act}, train {train}")
-            experts(dtype, 8192, D=D, F=F, train=train, activation=act)
+            context.update(dtype=str(dtype)[6:], case=f"in Gluon, {D} x {F}, {act}, train {train}, frozen {frozen}")
+            experts(dtype, 8192, D=D, F=F, train=train, frozen=frozen, activation=act)
         assert len(kernels) == 3, "a kernel in Gluon does not compile: the log says why"
     context.update(dtype="int64", case="256 experts")
     modules["kernels_plan"].make_plan(torch.zeros(8192, 8, dtype=torch.int64), 256, 128, kept=False)

@@ -183,7 +183,7 @@ def test_gpu_hidden_gives_the_bits_of_the_kernels_that_it_replaces(N, D, F, E, K
     da = kernels_gemm.plain_rows(rows, down, plan, K, DA, gather=False, transposed=True)
     expected_dh, expected_dw = kernels_gemm.act_gradient(da, h, weights, plan, E, act, True)
     for _ in range(10):
-        a, dh, dw = hidden_gradient(rows, down, h, weights, plan, act, DA)
+        dh, dw, a = hidden_gradient(rows, down, h, weights, plan, act, True, DA)
         assert torch.equal(dh[:real], expected_dh[:real])
         assert torch.equal(a[:real], da[:real])
         assert not a[real:].isfinite().any()  # rows of nobody are not written
@@ -191,6 +191,10 @@ def test_gpu_hidden_gives_the_bits_of_the_kernels_that_it_replaces(N, D, F, E, K
         assert not dh[real + kernels_gemm.PAD :].isfinite().any()
         assert (dw - expected_dw).norm() <= 1e-6 * expected_dw.norm()
         assert torch.equal(dw == 0, expected_dw == 0)
+        frozen_dh, frozen_dw, nothing = hidden_gradient(rows, down, h, weights, plan, act, False, DA)
+        assert torch.equal(frozen_dh[:real], dh[:real])
+        assert torch.equal(frozen_dw, dw)
+        assert not len(nothing)
 
 
 @on_hopper
