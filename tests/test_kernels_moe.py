@@ -458,6 +458,7 @@ def on_gpu(function):
 def test_gpu_output_and_gradients(shape, dtype):
     case = make_case(*shape, dtype=dtype, device=DEVICE, sentinels=True)
     assert_right(case)
+    assert_right(case, INPUTS[:2])  # frozen experts
     assert_right(case, ())
 
 
