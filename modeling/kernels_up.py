@@ -70,7 +70,7 @@ def _tokens(order_ptr, row, end, K: gl.constexpr, ROWS: gl.constexpr, LAYOUT: gl
 
 @gluon.jit
 def _begin_rows(place, rows, live, c, X: gl.constexpr):
-    """Begin to copy columns c of rows, from pointers to their beginnings; zeros, which cost no power to multiply, in
+    """Begin to copy columns c of rows, from pointers to their beginnings; zeros, which take less power to multiply, in
     the place of rows that are not `live`."""
     if X % place.shape[1] == 0:
         begin_reading(place, rows[:, None] + c[None, :], mask=live[:, None])
