@@ -1,6 +1,5 @@
 """The search behind modeling/kernels_tiles.py: every stage of the experts, timed with every candidate tile."""
 
-import statistics
 from collections.abc import Callable
 
 import torch
@@ -9,7 +8,7 @@ from lamoe.kernels_decode import SwappedTile, VectorTile, swapped_experts, vecto
 from lamoe.kernels_gemm import PAD, Tile, plain_rows
 from lamoe.kernels_moe import expert_gradient, gated_gradient, gated_up
 from lamoe.kernels_plan import make_plan, pack, unpack
-from lamoe.scripts.expert_speed import Layer, milliseconds
+from lamoe.scripts.expert_speed import Layer, settled_milliseconds
 
 ROW_TILES = (
     Tile(128, 256, 64, 8, 3),
@@ -74,7 +73,7 @@ def fastest(shape: str, stage: str, call: Callable, tiles) -> list[dict]:
     times = {}
     for tile in tiles:
         try:
-            times[tile] = statistics.median(milliseconds(lambda tile=tile: call(tile), 5) for _ in range(5))
+            times[tile] = settled_milliseconds(lambda tile=tile: call(tile))
         except RuntimeError as reason:  # too much shared memory, or too many registers
             print(f"{shape} {stage} {tile}: {reason}")
     best = sorted(times, key=times.get)[:3]
