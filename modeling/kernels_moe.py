@@ -44,19 +44,19 @@ def _hopper(device: torch.device) -> dict[str, tuple[Callable, Callable]]:
     return {"up": (fits, up_rows), "hidden": (hidden_fits, hidden_gradient), "weight": (fits, new_weight_gradient)}
 
 
-def _fits(name: str, tile: Tile, x: Tensor) -> bool:
-    """Whether the kernel of that name is there for x and the tile."""
-    fits, _ = _hopper(x.device).get(name, (None, None))
-    return fits is not None and fits(x, tile)
+def _kernel(name: str, tile: Tile, x: Tensor) -> Callable | None:
+    """The kernel of that name, where there is one for x and the tile."""
+    fits, run = _hopper(x.device).get(name, (None, None))
+    return run if fits is not None and fits(x, tile) else None
 
 
 def _specialised(name: str, tile: Tile, x: Tensor, *rest) -> Tensor | tuple[Tensor, ...] | None:
     """What the kernel of that name makes of x and the rest; None where it does not run."""
-    if not _fits(name, tile, x):
+    run = _kernel(name, tile, x)
+    if run is None:
         return None
-    kernels = _hopper(x.device)
-    with optional_kernel(name, lambda: kernels.pop(name, None), logger):
-        return kernels[name][1](x, *rest, tile)
+    with optional_kernel(name, lambda: _hopper(x.device).pop(name, None), logger):
+        return run(x, *rest, tile)
     return None
 
 
@@ -72,7 +72,7 @@ def gated_gradient(
     rows: Tensor, down: Tensor, h: Tensor, top_k_weights: Tensor, plan: Plan, act: str, scaled: bool, tile: Tile
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of packed output gradients [M, D]: dh [M, 2F], the router weights' gradient and, if `scaled`,
-    w * act(gate) * up [M, F], else anything.
+    w * act(gate) * up [M, F], else [0].
 
     By whichever kernels are the faster.
     """
@@ -80,7 +80,7 @@ def gated_gradient(
     if quick is not None:
         return quick
     da = plain_rows(rows, down, plan, top_k_weights.shape[1], tile, gather=False, transposed=True)
-    return *act_gradient(da, h, top_k_weights, plan, len(down), act, scaled), da
+    return *act_gradient(da, h, top_k_weights, plan, len(down), act, scaled), da if scaled else da.new_empty(0)
 
 
 def expert_gradient(a: Tensor, b: Tensor, plan: Plan, E: int, into: Tensor | None, tile: Tile) -> Tensor:
@@ -148,7 +148,7 @@ def _backward(
     # the weight gradient needs them packed, and then the copy engine fetches them faster than a gather; for that alone
     # packing pays with V2-Lite's experts and Mixtral's (2.84 -> 2.73 ms, 2.06 -> 1.79), not with Qwen3's of 2048 x 768
     # (1.90 -> 1.96)
-    if need_down or (2 * down.shape[2] > D and _fits("hidden", tiles.da, dy)):
+    if need_down or (2 * down.shape[2] > D and _kernel("hidden", tiles.da, dy) is not None):
         packed_dy = pack(dy, plan, E, K, PAD, rows)
         dh, dw, a = gated_gradient(packed_dy, down, h, top_k_weights, plan, act, need_down, tiles.da)
     else:

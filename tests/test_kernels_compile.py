@@ -156,12 +156,11 @@ def compile_all(name: str):
         x, shared = (torch.empty(N, D, dtype=dtype) for _ in range(2))
         weights = [torch.empty(shape, dtype=dtype) for shape in ((E, 2 * F, D), (E, D, F))]
         scales = torch.empty(N, K)
-        for tensor in (x, scales, shared, *weights):
+        for tensor in (x, scales, shared):
             tensor.requires_grad_(train)
-        for tensor in weights if frozen else ():
-            tensor.requires_grad_(False)
-        for tensor in weights if options.get("accumulate") else ():
-            tensor.grad = torch.empty_like(tensor)
+        for tensor in weights:
+            tensor.requires_grad_(train and not frozen)
+            tensor.grad = torch.empty_like(tensor) if options.get("accumulate") else None
         index = torch.zeros(N, K, dtype=torch.int64)
         out = moe.fused_experts(x, index, scales, *weights, shared=shared, **options)
         if train:
@@ -192,9 +191,8 @@ def compile_all(name: str):
             D, F = (2048, 1408) if way.size == 0 else (4096, 8192)
             experts(dtype, way.rows * E // K, D=D, F=F)
         # neither another group of row tiles nor a kernel in Gluon in its place makes another kernel
-        kinds = {tuple(t._replace(group=8, specialised=False) for t in row[2]): row for row in classes}
-        classes = list(kinds.values())[: 1 if name == "sm_100" else None] if dtype != torch.float16 else []
-        for rows, wide, _ in classes:
+        classes = {tuple(t._replace(group=8, specialised=False) for t in row[2]): row for row in classes}.values()
+        for rows, wide, _ in list(classes)[: 1 if name == "sm_100" or dtype == torch.float16 else None]:
             context["case"] = f"from {rows} rows an expert, {wide} wide"
             N, D = max(rows, few.swapped[-1].rows + 8) * E // K, max(wide, 2048)
             if dtype == torch.bfloat16:
@@ -211,13 +209,15 @@ def compile_all(name: str):
         moe._hopper = lambda device: kernels
         logging.basicConfig()
         moe.logger.setLevel("DEBUG")  # why something does not compile
-        for dtype, D, F, act, train, frozen in (
-            (torch.bfloat16, 2048, 1408, "silu", True, False), (torch.bfloat16, 2048, 1408, "silu", False, False),
-            (torch.float16, 176, 72, "gelu", True, False), (torch.bfloat16, 64, 64, "relu", False, False),
-            (torch.bfloat16, 2880, 2880, "gelu_tanh", True, True), (torch.bfloat16, 6144, 1408, "silu", True, False),
+        for dtype, D, F, act, train in (
+            (torch.bfloat16, 2048, 1408, "silu", True), (torch.bfloat16, 2048, 1408, "silu", False),
+            (torch.float16, 176, 72, "gelu", True), (torch.bfloat16, 64, 64, "relu", False),
+            (torch.bfloat16, 2880, 2880, "gelu_tanh", True), (torch.bfloat16, 6144, 1408, "silu", True),
         ):  # fmt: skip
-            context.update(dtype=str(dtype)[6:], case=f"in Gluon, {D} x {F}, {act}, train {train}, frozen {frozen}")
-            experts(dtype, 8192, D=D, F=F, train=train, frozen=frozen, activation=act)
+            context.update(dtype=str(dtype)[6:], case=f"in Gluon, {D} x {F}, {act}, train {train}")
+            experts(dtype, 8192, D=D, F=F, train=train, activation=act)
+        context.update(dtype="bfloat16", case="in Gluon, frozen experts")
+        experts(torch.bfloat16, 8192, train=True, frozen=True)
         assert len(kernels) == 3, "a kernel in Gluon does not compile: the log says why"
     context.update(dtype="int64", case="256 experts")
     modules["kernels_plan"].make_plan(torch.zeros(8192, 8, dtype=torch.int64), 256, 128, kept=False)
@@ -292,22 +292,20 @@ def compile_all(name: str):
             decode(dtype, heads, B, **more)
         few_tokens(dtype, every)
     decode(torch.bfloat16, 20, 8)
+    decode(torch.bfloat16, 24, 200)
+    decode(torch.bfloat16, 16, 8, page=64)
     decode(torch.bfloat16, 64, 8, page=64)
-    decode(torch.bfloat16, 64, 8, R=128)
+    for heads, float8 in ((16, False), (64, False), (64, True)) if name == "sm_90" else ((64, False),):
+        decode(torch.bfloat16, heads, 8, R=128, float8=float8)
+    decode(torch.bfloat16, 16, 64, page=256)
     decode(torch.bfloat16, 16, 1, T=8, C=128, R=0)
-    for heads in (16, 128):
-        decode(torch.bfloat16, heads, 8, float8=True)
+    for heads, B in ((16, 8), (16, 200), (20, 8), (24, 200), (128, 8)):
+        decode(torch.bfloat16, heads, B, float8=True)
     few_tokens(torch.bfloat16, True, float8=True)
-    if name == "sm_90":  # whose tiles of every kind have been timed; elsewhere one of each will do
-        decode(torch.bfloat16, 24, 200)
-        decode(torch.bfloat16, 16, 8, page=64)
-        decode(torch.bfloat16, 16, 64, page=256)
-        for heads, float8 in ((16, False), (64, True)):
-            decode(torch.bfloat16, heads, 8, R=128, float8=float8)
-        for heads, B in ((16, 200), (20, 8), (24, 200)):
-            decode(torch.bfloat16, heads, B, float8=True)
+    if name == "sm_90":
         decode(torch.float16, 16, 8, float8=True)
         decode(torch.float32, 16, 8, float8=True)
+    if name == "sm_90":
         attention._wide = lambda device: found
         logging.basicConfig()
         attention.logger.setLevel("DEBUG")  # why something does not compile
