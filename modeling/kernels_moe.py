@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .kernels_decode import VectorTile, swapped_experts, vector_experts
-from .kernels_gemm import PAD, Tile, act_gradient, gated_rows, narrow_last, plain_rows, turned, weight_gradient
+from .kernels_gemm import PAD, Tile, act_gradient, gated_rows, in_cache, plain_rows, turned, weight_gradient
 from .kernels_launch import differentiable, is_hopper, operator, optional_kernel
 from .kernels_plan import Plan, combine, expert_sums, make_plan, pack, plan_size, spread, unpack
 from .kernels_tiles import few_rows, invariant_tiles, tiles_for
@@ -86,9 +86,9 @@ def gated_gradient(
 def expert_gradient(a: Tensor, b: Tensor, plan: Plan, E: int, into: Tensor | None, tile: Tile) -> Tensor:
     """`weight_gradient`, by whichever kernel is the faster."""
     quick = None
-    narrow = narrow_last(a, b, E, tile)
-    if into is None and (narrow or turned(a.shape[1], b.shape[1], tile) == tile):
-        quick = _specialised("weight", tile, a, b, plan, E, narrow)
+    turn = turned(a.shape[1], b.shape[1], tile) != tile
+    if into is None and (not turn or in_cache(a, b, E)):
+        quick = _specialised("weight", tile, a, b, plan, E, turn)
     return weight_gradient(a, b, plan, E, into, tile) if quick is None else quick
 
 

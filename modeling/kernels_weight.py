@@ -3,7 +3,8 @@ only copies, ahead over the borders of tiles, where Triton's loop runs dry and f
 same order, so the same bits.
 
 Letters as in kernels_gemm.py: M routed rows, E experts; dW is [E, H, W]. Of three warpgroups one copies, and two
-multiply, 64 rows of H each of a tile of 128 x 256. A stage is DEPTH routed rows.
+multiply, 64 rows of H each of a tile of 128 x 256. A stage is DEPTH routed rows. A tile of 256 x 128 is the transpose
+of one of 128 x 256: a and b change places, and pieces are transposed on their way through shared memory.
 """
 
 from torch import Tensor
@@ -42,8 +43,9 @@ def _tile(t, starts_ptr, DOWN: gl.constexpr, ACROSS: gl.constexpr):
 
 @gluon.jit
 def _copy(a_desc, b_desc, a_s, b_s, full, free, starts_ptr, E, DOWN: gl.constexpr, ACROSS: gl.constexpr,
-          STAGES: gl.constexpr):  # fmt: skip
-    """The warpgroup that copies: a as it is, zeros behind the expert's last row of b."""
+          TURNED: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """The warpgroup that copies: a as it is, zeros behind the expert's last row of b; if TURNED, the other way round:
+    only the operand that is copied as it is must be finite behind the last expert's rows."""
     DEPTH: gl.constexpr = a_s.shape[1]
     HALF: gl.constexpr = a_s.shape[2]
     COLUMNS: gl.constexpr = b_s.shape[2]
@@ -55,82 +57,72 @@ def _copy(a_desc, b_desc, a_s, b_s, full, free, starts_ptr, E, DOWN: gl.constexp
             mbarrier.wait(free.index(slot), phase)
             bar = full.index(slot)
             mbarrier.expect(bar, (2 * HALF + COLUMNS) * DEPTH * 2)
-            begin_copy(a_desc, [k, 2 * i * HALF], bar, a_s.index(2 * slot))
-            begin_copy(a_desc, [k, (2 * i + 1) * HALF], bar, a_s.index(2 * slot + 1))
             size = gl.minimum(end - k, DEPTH)
-            begin_copy(b_desc, [LARGE, k + size, LARGE - size, j * COLUMNS], bar, b_s.index(slot))
+            for half in gl.static_range(2):
+                to = a_s.index(2 * slot + half)
+                if TURNED:
+                    begin_copy(a_desc, [LARGE, k + size, LARGE - size, (2 * i + half) * HALF], bar, to)
+                else:
+                    begin_copy(a_desc, [k, (2 * i + half) * HALF], bar, to)
+            if TURNED:
+                begin_copy(b_desc, [k, j * COLUMNS], bar, b_s.index(slot))
+            else:
+                begin_copy(b_desc, [LARGE, k + size, LARGE - size, j * COLUMNS], bar, b_s.index(slot))
             slot, phase = after(slot, phase, STAGES)
 
 
 @gluon.jit
-def _store(x, place, desc, e, row, column):
+def _store(x, place, desc, e, row, column, TURNED: gl.constexpr):
     """Begin to store a piece through a place, once what was there has been read."""
     tma.store_wait(1)
-    place.store(x)
-    fence_async_shared()
-    begin_store(desc, [e, row, column], place)
-
-
-@gluon.jit
-def _product(a_s, b_s, places, full, free, dw_desc, e, row, column, start, end, slot, phase, me: gl.constexpr,
-             WIDTH: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    """A warpgroup's 64 rows of a tile, WIDTH columns of it, and their store; the next stage, and its phase."""
-    HALF: gl.constexpr = a_s.shape[2]
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
-    acc = gl.full([HALF, WIDTH], 0.0, gl.float32, layout=layout)
-    for k in range(start, end, a_s.shape[1]):
-        mbarrier.wait(full.index(slot), phase)
-        b = b_s.index(slot)
-        if b_s.shape[2] > WIDTH:
-            b = b.slice(0, WIDTH, dim=1)
-        acc = warpgroup_mma(a_s.index(2 * slot + me).permute((1, 0)), b, acc, is_async=True)
-        acc = warpgroup_mma_wait(1, deps=(acc,))
-        mbarrier.arrive(free.index(before(slot, STAGES)), count=1, pred=k > start)
-        slot, phase = after(slot, phase, STAGES)
-    acc = warpgroup_mma_wait(0, deps=(acc,))
-    mbarrier.arrive(free.index(before(slot, STAGES)), count=1, pred=end > start)
-    PIECES: gl.constexpr = WIDTH // places.shape[2]
-    if PIECES == 4:
-        left, right = halves(acc.to(places.dtype))
-        for side in gl.static_range(2):
-            first, second = halves(left if side == 0 else right)
-            for part in gl.static_range(2):
-                _store(first if part == 0 else second, places.index(part), dw_desc, e, row,
-                       column + (2 * side + part) * places.shape[2])  # fmt: skip
+    if TURNED:
+        place.permute((1, 0)).store(x)
+        fence_async_shared()
+        begin_store(desc, [e, column, row], place)
     else:
-        first, second = halves(acc.to(places.dtype))
-        _store(first, places.index(0), dw_desc, e, row, column)
-        _store(second, places.index(1), dw_desc, e, row, column + places.shape[2])
-    return slot, phase
+        place.store(x)
+        fence_async_shared()
+        begin_store(desc, [e, row, column], place)
 
 
 @gluon.jit
 def _multiply(a_s, b_s, places, full, free, dw_desc, starts_ptr, E, me: gl.constexpr, DOWN: gl.constexpr,
-              ACROSS: gl.constexpr, NARROW: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+              ACROSS: gl.constexpr, TURNED: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     """A warpgroup: 64 rows of each tile."""
     HALF: gl.constexpr = a_s.shape[2]
     COLUMNS: gl.constexpr = b_s.shape[2]
+    WIDTH: gl.constexpr = places.shape[2]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     slot = 0
     phase = 0
     for t in range(gl.program_id(0), E * DOWN * ACROSS, gl.num_programs(0)):
         e, i, j, start, end = _tile(t, starts_ptr, DOWN, ACROSS)
+        acc = gl.full([HALF, COLUMNS], 0.0, gl.float32, layout=layout)
+        for k in range(start, end, a_s.shape[1]):
+            mbarrier.wait(full.index(slot), phase)
+            acc = warpgroup_mma(a_s.index(2 * slot + me).permute((1, 0)), b_s.index(slot), acc, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=(acc,))
+            mbarrier.arrive(free.index(before(slot, STAGES)), count=1, pred=k > start)
+            slot, phase = after(slot, phase, STAGES)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(free.index(before(slot, STAGES)), count=1, pred=end > start)
         row = (2 * i + me) * HALF
-        if NARROW and j == ACROSS - 1:
-            slot, phase = _product(a_s, b_s, places, full, free, dw_desc, e, row, j * COLUMNS, start, end, slot, phase,
-                                   me, COLUMNS // 2, STAGES)  # fmt: skip
-        else:
-            slot, phase = _product(a_s, b_s, places, full, free, dw_desc, e, row, j * COLUMNS, start, end, slot, phase,
-                                   me, COLUMNS, STAGES)  # fmt: skip
+        left, right = halves(acc.to(places.dtype))
+        for side in gl.static_range(2):
+            first, second = halves(left if side == 0 else right)
+            column = j * COLUMNS + 2 * side * WIDTH
+            _store(first, places.index(0), dw_desc, e, row, column, TURNED)
+            _store(second, places.index(1), dw_desc, e, row, column + WIDTH, TURNED)
     tma.store_wait(0)
 
 
 @gluon.jit
 def _weight_kernel(
-    a_desc, b_desc, dw_desc, starts_ptr, E, H: gl.constexpr, W: gl.constexpr, NARROW: gl.constexpr,
+    a_desc, b_desc, dw_desc, starts_ptr, E, H: gl.constexpr, W: gl.constexpr, TURNED: gl.constexpr,
     COLUMNS: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """dW[e] = a[rows of e].T b[rows of e], of a [M, H] and b [M, W]; zeros where e has no rows; persistent. NARROW:
-    the last columns are a tile of half the width."""
+    """dW[e] = a[rows of e].T b[rows of e], of a [M, H] and b [M, W], or its transpose if TURNED; zeros where e has no
+    rows; persistent."""
     dtype: gl.constexpr = dw_desc.dtype
     DOWN: gl.constexpr = (H + 127) // 128
     ACROSS: gl.constexpr = (W + COLUMNS - 1) // COLUMNS
@@ -147,27 +139,29 @@ def _weight_kernel(
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_multiply, (a_s, b_s, places0, full, free, dw_desc, starts_ptr, E, 0, DOWN, ACROSS, NARROW, STAGES)),
-            (_multiply, (a_s, b_s, places1, full, free, dw_desc, starts_ptr, E, 1, DOWN, ACROSS, NARROW, STAGES)),
-            (_copy, (a_desc, b_desc, a_s, b_s, full, free, starts_ptr, E, DOWN, ACROSS, STAGES)),
+            (_multiply, (a_s, b_s, places0, full, free, dw_desc, starts_ptr, E, 0, DOWN, ACROSS, TURNED, STAGES)),
+            (_multiply, (a_s, b_s, places1, full, free, dw_desc, starts_ptr, E, 1, DOWN, ACROSS, TURNED, STAGES)),
+            (_copy, (a_desc, b_desc, a_s, b_s, full, free, starts_ptr, E, DOWN, ACROSS, TURNED, STAGES)),
         ],
         [4, 4],
         [216, 72],
     )  # fmt: skip
 
 
-def new_weight_gradient(a: Tensor, b: Tensor, plan: Plan, E: int, narrow: bool, tile: Tile) -> Tensor:
-    """As kernels_gemm.weight_gradient into new memory, bit for bit, with a tile of 128 x 256 that kernels_up.fits.
-
-    `narrow`: the last columns, at most 128, are a tile of half the width.
-    """
+def new_weight_gradient(a: Tensor, b: Tensor, plan: Plan, E: int, turn: bool, tile: Tile) -> Tensor:
+    """As kernels_gemm.weight_gradient into new memory, bit for bit, with a tile of 128 x 256 that kernels_up.fits, or
+    with one of 256 x 128 if `turn`: the transpose, from b.T a, is stored transposed."""
     H, W = a.shape[1], b.shape[1]
     if not len(a):
         return a.new_zeros((E, H, W))
     dw = a.new_empty((E, H, W))
+    if turn:
+        descriptors = ragged(b, DEPTH, 64), TensorDescriptor.from_tensor(a, [DEPTH, COLUMNS], box_layout(2))
+        H, W = W, H
+    else:
+        descriptors = TensorDescriptor.from_tensor(a, [DEPTH, 64], box_layout(2)), ragged(b, DEPTH, COLUMNS)
     _weight_kernel[(multiprocessors(a),)](
-        TensorDescriptor.from_tensor(a, [DEPTH, 64], box_layout(2)), ragged(b, DEPTH, COLUMNS),
-        TensorDescriptor.from_tensor(dw, [1, 64, COLUMNS // 4], box_layout(3)),
-        plan.starts, E, H=H, W=W, NARROW=narrow, COLUMNS=COLUMNS, DEPTH=DEPTH, STAGES=STAGES, num_warps=4,
+        *descriptors, TensorDescriptor.from_tensor(dw, [1, 64, COLUMNS // 4], box_layout(3)), plan.starts, E,
+        H=H, W=W, TURNED=turn, COLUMNS=COLUMNS, DEPTH=DEPTH, STAGES=STAGES, num_warps=4,
     )  # fmt: skip
     return dw

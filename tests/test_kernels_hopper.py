@@ -76,12 +76,19 @@ def test_tiles_that_fit(load):
 
 @pytest.mark.parametrize(
     "rows, width, expected",
-    [(64, 1408, True), (64, 1280, False), (64, 1416, False), (1213, 1408, True), (1214, 1408, False)],
+    [(64, 1408, [True]), (64, 1280, [False]), (64, 1416, [False]), (1213, 1408, [True]), (1214, 1408, [])],
 )
-def test_when_the_last_columns_are_half_a_tile(rows, width, expected):
-    """At most 128 of a tile's 256, and of an expert no more rows than 8 MiB."""
+def test_when_the_tiles_of_a_weight_gradient_are_turned(rows, width, expected, monkeypatch):
+    """Where 128 divides the columns and 256 does not; of an expert with more rows than 8 MiB, Triton does it."""
+    taken = []
+    found = {"weight": (lambda *arguments: True, lambda *arguments: taken.append(arguments[-2]) or arguments[0])}
+    monkeypatch.setattr(kernels_moe, "_hopper", lambda device: found)
+    monkeypatch.setattr(kernels_moe, "weight_gradient", lambda *arguments: arguments[0])
     a, b = (torch.empty(4 * rows, X, dtype=torch.bfloat16, device="meta") for X in (2048, width))
-    assert kernels_gemm.narrow_last(a, b, 4, DW) == expected
+    kernels_moe.expert_gradient(a, b, None, 4, None, DW)
+    assert taken == expected
+    kernels_moe.expert_gradient(a, b, None, 4, a, DW)  # it does not accumulate
+    assert taken == expected
 
 
 def test_a_kernel_that_does_not_compile_is_tried_once(monkeypatch):
@@ -209,8 +216,8 @@ def test_gpu_hidden_gives_the_bits_of_the_kernels_that_it_replaces(N, D, F, E, K
     ],
 )  # fmt: skip
 def test_gpu_weight_gives_the_bits_of_the_kernel_that_it_replaces(N, H, W, E, K, kind, dtype, monkeypatch):
-    """As of the up projection; experts of no row, of fewer rows than a stage has, of fewer stages than there are; the
-    last columns as a whole tile, or as half of one where they fit."""
+    """As of the up projection; experts of no row, of fewer rows than a stage has, of fewer stages than there are; with
+    tiles as they are, and turned."""
     from lamoe.kernels_weight import new_weight_gradient
 
     torch.manual_seed(0)
@@ -221,8 +228,8 @@ def test_gpu_weight_gives_the_bits_of_the_kernel_that_it_replaces(N, H, W, E, K,
     a[real + kernels_gemm.PAD :] = float("nan")
     b[:real] = torch.randn(real, W, device="cuda", dtype=dtype)
     expected = kernels_gemm.weight_gradient(a, b, plan, E, None, DW)
-    for _, narrow in itertools.product(range(10), (False, True) if 0 < W % 256 <= 128 else (False,)):
-        assert torch.equal(new_weight_gradient(a, b, plan, E, narrow, DW), expected)
+    for _, turn in itertools.product(range(10), (False, True)):
+        assert torch.equal(new_weight_gradient(a, b, plan, E, turn, DW), expected)
 
 
 @on_hopper
