@@ -42,6 +42,12 @@ def _tile(t, starts_ptr, DOWN: gl.constexpr, ACROSS: gl.constexpr):
 
 
 @gluon.jit
+def _begin_rows(desc, k, size, column, bar, to, ZEROS: gl.constexpr):
+    """Begin to copy rows from k on, and what lies behind `size` of them as it is, or as zeros."""
+    begin_copy(desc, [LARGE, k + size, LARGE - size, column] if ZEROS else [k, column], bar, to)
+
+
+@gluon.jit
 def _copy(a_desc, b_desc, a_s, b_s, full, free, starts_ptr, E, DOWN: gl.constexpr, ACROSS: gl.constexpr,
           TURNED: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     """The warpgroup that copies: a as it is, zeros behind the expert's last row of b; if TURNED, the other way round:
@@ -58,16 +64,9 @@ def _copy(a_desc, b_desc, a_s, b_s, full, free, starts_ptr, E, DOWN: gl.constexp
             bar = full.index(slot)
             mbarrier.expect(bar, (2 * HALF + COLUMNS) * DEPTH * 2)
             size = gl.minimum(end - k, DEPTH)
-            for half in gl.static_range(2):
-                to = a_s.index(2 * slot + half)
-                if TURNED:
-                    begin_copy(a_desc, [LARGE, k + size, LARGE - size, (2 * i + half) * HALF], bar, to)
-                else:
-                    begin_copy(a_desc, [k, (2 * i + half) * HALF], bar, to)
-            if TURNED:
-                begin_copy(b_desc, [k, j * COLUMNS], bar, b_s.index(slot))
-            else:
-                begin_copy(b_desc, [LARGE, k + size, LARGE - size, j * COLUMNS], bar, b_s.index(slot))
+            _begin_rows(a_desc, k, size, 2 * i * HALF, bar, a_s.index(2 * slot), TURNED)
+            _begin_rows(a_desc, k, size, (2 * i + 1) * HALF, bar, a_s.index(2 * slot + 1), TURNED)
+            _begin_rows(b_desc, k, size, j * COLUMNS, bar, b_s.index(slot), not TURNED)
             slot, phase = after(slot, phase, STAGES)
 
 
@@ -75,14 +74,9 @@ def _copy(a_desc, b_desc, a_s, b_s, full, free, starts_ptr, E, DOWN: gl.constexp
 def _store(x, place, desc, e, row, column, TURNED: gl.constexpr):
     """Begin to store a piece through a place, once what was there has been read."""
     tma.store_wait(1)
-    if TURNED:
-        place.permute((1, 0)).store(x)
-        fence_async_shared()
-        begin_store(desc, [e, column, row], place)
-    else:
-        place.store(x)
-        fence_async_shared()
-        begin_store(desc, [e, row, column], place)
+    (place.permute((1, 0)) if TURNED else place).store(x)
+    fence_async_shared()
+    begin_store(desc, [e, column, row] if TURNED else [e, row, column], place)
 
 
 @gluon.jit
