@@ -37,11 +37,11 @@ def _hopper(device: torch.device) -> dict[str, tuple[Callable, Callable]]:
         from .kernels_hidden import fits as hidden_fits
         from .kernels_hidden import hidden_gradient
         from .kernels_up import fits, up_rows
-        from .kernels_weight import new_weight_gradient
+        from .kernels_weight import weight_gradient_ahead
     except Exception:
         logger.debug("The kernels in Gluon do not load with this Triton; kernels_gemm.py's run.", exc_info=True)
         return {}
-    return {"up": (fits, up_rows), "hidden": (hidden_fits, hidden_gradient), "weight": (fits, new_weight_gradient)}
+    return {"up": (fits, up_rows), "hidden": (hidden_fits, hidden_gradient), "weight": (fits, weight_gradient_ahead)}
 
 
 def _kernel(name: str, tile: Tile, x: Tensor) -> Callable | None:
@@ -87,8 +87,8 @@ def expert_gradient(a: Tensor, b: Tensor, plan: Plan, E: int, into: Tensor | Non
     """`weight_gradient`, by whichever kernel is the faster."""
     quick = None
     turn = turned(a.shape[1], b.shape[1], tile) != tile
-    if into is None and (not turn or in_cache(a, b, E)):
-        quick = _specialised("weight", tile, a, b, plan, E, turn)
+    if not turn or in_cache(a, b, E):
+        quick = _specialised("weight", tile, a, b, plan, E, into, turn)
     return weight_gradient(a, b, plan, E, into, tile) if quick is None else quick
 
 

@@ -4,14 +4,15 @@ same order, so the same bits.
 
 Letters as in kernels_gemm.py: M routed rows, E experts; dW is [E, H, W]. Of three warpgroups one copies, and two
 multiply, 64 rows of H each of a tile of 128 x 256. A stage is DEPTH routed rows. A tile of 256 x 128 is the transpose
-of one of 128 x 256: a and b change places, and pieces are transposed on their way through shared memory.
+of one of 128 x 256: a and b change places, and pieces are transposed on their way through shared memory. A gradient
+that is added to comes by the copy engine behind the tile's last stage, in the place of some stages.
 """
 
 from torch import Tensor
 
 from .kernels_gemm import Tile, halves, multiprocessors
 from .kernels_plan import Plan
-from .kernels_up import after, before, begin_store
+from .kernels_up import after, barrier, before, begin_store
 from .kernels_wide import LARGE, begin_copy, box_layout, ragged
 
 try:  # inside `try`, or the Hub loader refuses the whole model where Triton is missing
@@ -30,7 +31,8 @@ except ImportError as error:
         "The Hopper weight gradient needs a Triton with Gluon for Hopper: pip install 'triton>=3.6'."
     ) from error
 
-COLUMNS, DEPTH, STAGES = 256, 32, 8
+COLUMNS, DEPTH = 256, 32
+STAGES, STAGES_ADDING = 8, 5
 
 
 @gluon.jit
@@ -42,23 +44,31 @@ def _tile(t, starts_ptr, DOWN: gl.constexpr, ACROSS: gl.constexpr):
 
 
 @gluon.jit
+def _at(e, row, column, TURNED: gl.constexpr):
+    """Where a piece of a tile begins in dW."""
+    return [e, column, row] if TURNED else [e, row, column]
+
+
+@gluon.jit
 def _begin_rows(desc, k, size, column, bar, to, ZEROS: gl.constexpr):
     """Begin to copy rows from k on, and what lies behind `size` of them as it is, or as zeros."""
     begin_copy(desc, [LARGE, k + size, LARGE - size, column] if ZEROS else [k, column], bar, to)
 
 
 @gluon.jit
-def _copy(a_desc, b_desc, a_s, b_s, full, free, starts_ptr, E, DOWN: gl.constexpr, ACROSS: gl.constexpr,
-          TURNED: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+def _copy(a_desc, b_desc, dw_desc, a_s, b_s, old_s, full, free, old_full, old_free, starts_ptr, E,
+          DOWN: gl.constexpr, ACROSS: gl.constexpr, ADD: gl.constexpr, TURNED: gl.constexpr,
+          STAGES: gl.constexpr):  # fmt: skip
     """The warpgroup that copies: a as it is, zeros behind the expert's last row of b; if TURNED, the other way round:
-    only the operand that is copied as it is must be finite behind the last expert's rows."""
+    only the operand that is copied as it is must be finite behind the last expert's rows. If ADD, also the old dW."""
     DEPTH: gl.constexpr = a_s.shape[1]
     HALF: gl.constexpr = a_s.shape[2]
     COLUMNS: gl.constexpr = b_s.shape[2]
     slot = 0
     phase = 1  # of the round before the first: every stage is free
+    old_phase = 1
     for t in range(gl.program_id(0), E * DOWN * ACROSS, gl.num_programs(0)):
-        _, i, j, start, end = _tile(t, starts_ptr, DOWN, ACROSS)
+        e, i, j, start, end = _tile(t, starts_ptr, DOWN, ACROSS)
         for k in range(start, end, DEPTH):
             mbarrier.wait(free.index(slot), phase)
             bar = full.index(slot)
@@ -68,20 +78,33 @@ def _copy(a_desc, b_desc, a_s, b_s, full, free, starts_ptr, E, DOWN: gl.constexp
             _begin_rows(a_desc, k, size, (2 * i + 1) * HALF, bar, a_s.index(2 * slot + 1), TURNED)
             _begin_rows(b_desc, k, size, j * COLUMNS, bar, b_s.index(slot), not TURNED)
             slot, phase = after(slot, phase, STAGES)
+        if ADD:
+            mbarrier.wait(old_free, old_phase)
+            mbarrier.expect(old_full, 2 * HALF * COLUMNS * 2)
+            for half in gl.static_range(2):
+                for piece in gl.static_range(4):
+                    at = _at(e, (2 * i + half) * HALF, j * COLUMNS + piece * (COLUMNS // 4), TURNED)
+                    begin_copy(dw_desc, at, old_full, old_s.index(4 * half + piece))
+            old_phase ^= 1
 
 
 @gluon.jit
-def _store(x, place, desc, e, row, column, TURNED: gl.constexpr):
-    """Begin to store a piece through a place, once what was there has been read."""
+def _store(x, old_s, nth: gl.constexpr, place, desc, e, row, column, ADD: gl.constexpr, TURNED: gl.constexpr):
+    """Begin to store a tile's nth piece, added to what it was if ADD, through a place, once what was there has been
+    read."""
+    if ADD:
+        old = old_s.index(nth)
+        x += (old.permute((1, 0)) if TURNED else old).load(x.type.layout).to(gl.float32)
     tma.store_wait(1)
-    (place.permute((1, 0)) if TURNED else place).store(x)
+    (place.permute((1, 0)) if TURNED else place).store(x.to(place.dtype))
     fence_async_shared()
-    begin_store(desc, [e, column, row] if TURNED else [e, row, column], place)
+    begin_store(desc, _at(e, row, column, TURNED), place)
 
 
 @gluon.jit
-def _multiply(a_s, b_s, places, full, free, dw_desc, starts_ptr, E, me: gl.constexpr, DOWN: gl.constexpr,
-              ACROSS: gl.constexpr, TURNED: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+def _multiply(a_s, b_s, old_s, places, full, free, old_full, old_free, dw_desc, starts_ptr, E, me: gl.constexpr,
+              DOWN: gl.constexpr, ACROSS: gl.constexpr, ADD: gl.constexpr, TURNED: gl.constexpr,
+              STAGES: gl.constexpr):  # fmt: skip
     """A warpgroup: 64 rows of each tile."""
     HALF: gl.constexpr = a_s.shape[2]
     COLUMNS: gl.constexpr = b_s.shape[2]
@@ -89,6 +112,7 @@ def _multiply(a_s, b_s, places, full, free, dw_desc, starts_ptr, E, me: gl.const
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     slot = 0
     phase = 0
+    old_phase = 0
     for t in range(gl.program_id(0), E * DOWN * ACROSS, gl.num_programs(0)):
         e, i, j, start, end = _tile(t, starts_ptr, DOWN, ACROSS)
         acc = gl.full([HALF, COLUMNS], 0.0, gl.float32, layout=layout)
@@ -100,23 +124,29 @@ def _multiply(a_s, b_s, places, full, free, dw_desc, starts_ptr, E, me: gl.const
             slot, phase = after(slot, phase, STAGES)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(free.index(before(slot, STAGES)), count=1, pred=end > start)
+        if ADD:
+            mbarrier.wait(old_full, old_phase)
         row = (2 * i + me) * HALF
-        left, right = halves(acc.to(places.dtype))
+        left, right = halves(acc if ADD else acc.to(places.dtype))
         for side in gl.static_range(2):
             first, second = halves(left if side == 0 else right)
             column = j * COLUMNS + 2 * side * WIDTH
-            _store(first, places.index(0), dw_desc, e, row, column, TURNED)
-            _store(second, places.index(1), dw_desc, e, row, column + WIDTH, TURNED)
+            _store(first, old_s, 4 * me + 2 * side, places.index(0), dw_desc, e, row, column, ADD, TURNED)
+            _store(second, old_s, 4 * me + 2 * side + 1, places.index(1), dw_desc, e, row, column + WIDTH, ADD, TURNED)
+        if ADD:
+            barrier()  # one thread announces for all: each has read
+            mbarrier.arrive(old_free, count=1)
+            old_phase ^= 1
     tma.store_wait(0)
 
 
 @gluon.jit
 def _weight_kernel(
-    a_desc, b_desc, dw_desc, starts_ptr, E, H: gl.constexpr, W: gl.constexpr, TURNED: gl.constexpr,
+    a_desc, b_desc, dw_desc, starts_ptr, E, H: gl.constexpr, W: gl.constexpr, ADD: gl.constexpr, TURNED: gl.constexpr,
     COLUMNS: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """dW[e] = a[rows of e].T b[rows of e], of a [M, H] and b [M, W], or its transpose if TURNED; zeros where e has no
-    rows; persistent."""
+    """dW[e] = a[rows of e].T b[rows of e], of a [M, H] and b [M, W], or its transpose if TURNED, added to dW if ADD;
+    zeros where e has no rows; persistent."""
     dtype: gl.constexpr = dw_desc.dtype
     DOWN: gl.constexpr = (H + 127) // 128
     ACROSS: gl.constexpr = (W + COLUMNS - 1) // COLUMNS
@@ -130,25 +160,38 @@ def _weight_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(free.index(i), count=2)  # both warpgroups
+    if ADD:
+        old_s = gl.allocate_shared_memory(dtype, [8, 64, COLUMNS // 4], layout)
+        old_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        old_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        mbarrier.init(old_full, count=1)
+        mbarrier.init(old_free, count=2)
+    else:  # nothing of which is used
+        old_s, old_full, old_free = places0, full, free
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_multiply, (a_s, b_s, places0, full, free, dw_desc, starts_ptr, E, 0, DOWN, ACROSS, TURNED, STAGES)),
-            (_multiply, (a_s, b_s, places1, full, free, dw_desc, starts_ptr, E, 1, DOWN, ACROSS, TURNED, STAGES)),
-            (_copy, (a_desc, b_desc, a_s, b_s, full, free, starts_ptr, E, DOWN, ACROSS, TURNED, STAGES)),
+            (_multiply, (a_s, b_s, old_s, places0, full, free, old_full, old_free, dw_desc, starts_ptr, E, 0, DOWN,
+                         ACROSS, ADD, TURNED, STAGES)),
+            (_multiply, (a_s, b_s, old_s, places1, full, free, old_full, old_free, dw_desc, starts_ptr, E, 1, DOWN,
+                         ACROSS, ADD, TURNED, STAGES)),
+            (_copy, (a_desc, b_desc, dw_desc, a_s, b_s, old_s, full, free, old_full, old_free, starts_ptr, E, DOWN,
+                     ACROSS, ADD, TURNED, STAGES)),
         ],
         [4, 4],
         [216, 72],
     )  # fmt: skip
 
 
-def new_weight_gradient(a: Tensor, b: Tensor, plan: Plan, E: int, turn: bool, tile: Tile) -> Tensor:
-    """As kernels_gemm.weight_gradient into new memory, bit for bit, with a tile of 128 x 256 that kernels_up.fits, or
-    with one of 256 x 128 if `turn`: the transpose, from b.T a, is stored transposed."""
+def weight_gradient_ahead(
+    a: Tensor, b: Tensor, plan: Plan, E: int, into: Tensor | None, turn: bool, tile: Tile
+) -> Tensor:
+    """As kernels_gemm.weight_gradient, bit for bit, with a tile of 128 x 256 that kernels_up.fits, or with one of
+    256 x 128 if `turn`: the transpose, from b.T a, is stored transposed."""
     H, W = a.shape[1], b.shape[1]
     if not len(a):
-        return a.new_zeros((E, H, W))
-    dw = a.new_empty((E, H, W))
+        return a.new_zeros((E, H, W)) if into is None else into
+    dw = a.new_empty((E, H, W)) if into is None else into
     if turn:
         descriptors = ragged(b, DEPTH, 64), TensorDescriptor.from_tensor(a, [DEPTH, COLUMNS], box_layout(2))
         H, W = W, H
@@ -156,6 +199,7 @@ def new_weight_gradient(a: Tensor, b: Tensor, plan: Plan, E: int, turn: bool, ti
         descriptors = TensorDescriptor.from_tensor(a, [DEPTH, 64], box_layout(2)), ragged(b, DEPTH, COLUMNS)
     _weight_kernel[(multiprocessors(a),)](
         *descriptors, TensorDescriptor.from_tensor(dw, [1, 64, COLUMNS // 4], box_layout(3)), plan.starts, E,
-        H=H, W=W, TURNED=turn, COLUMNS=COLUMNS, DEPTH=DEPTH, STAGES=STAGES, num_warps=4,
+        H=H, W=W, ADD=into is not None, TURNED=turn, COLUMNS=COLUMNS, DEPTH=DEPTH,
+        STAGES=STAGES if into is None else STAGES_ADDING, num_warps=4,
     )  # fmt: skip
     return dw

@@ -205,7 +205,7 @@ def compile_all(name: str):
     if name == "sm_90":
         up, hidden, weight = (modules[f"kernels_{name}"] for name in ("up", "hidden", "weight"))
         kernels = {"up": (up.fits, up.up_rows), "hidden": (hidden.fits, hidden.hidden_gradient)}
-        kernels["weight"] = up.fits, weight.new_weight_gradient
+        kernels["weight"] = up.fits, weight.weight_gradient_ahead
         moe._hopper = lambda device: kernels
         logging.basicConfig()
         moe.logger.setLevel("DEBUG")  # why something does not compile
@@ -218,6 +218,8 @@ def compile_all(name: str):
             experts(dtype, 8192, D=D, F=F, train=train, activation=act)
         context.update(dtype="bfloat16", case="in Gluon, frozen experts")
         experts(torch.bfloat16, 8192, train=True, frozen=True)
+        context["case"] = "in Gluon, added to gradients"
+        experts(torch.bfloat16, 8192, train=True, accumulate=True)
         assert len(kernels) == 3, "a kernel in Gluon does not compile: the log says why"
     context.update(dtype="int64", case="256 experts")
     modules["kernels_plan"].make_plan(torch.zeros(8192, 8, dtype=torch.int64), 256, 128, kept=False)

@@ -43,7 +43,7 @@ def test_they_are_for_hopper(load, monkeypatch):
     # nothing of Gluon runs where it is of no use
     assert not {f"lamoe.kernels_{name}" for name in NAMES} & set(sys.modules)
     found = {name: function.__name__ for name, (_, function) in load().items()}
-    assert found == {"up": "up_rows", "hidden": "hidden_gradient", "weight": "new_weight_gradient"}
+    assert found == {"up": "up_rows", "hidden": "hidden_gradient", "weight": "weight_gradient_ahead"}
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert load() == {}
 
@@ -79,16 +79,18 @@ def test_tiles_that_fit(load):
     [(64, 1408, [True]), (64, 1280, [False]), (64, 1416, [False]), (1213, 1408, [True]), (1214, 1408, [])],
 )
 def test_when_the_tiles_of_a_weight_gradient_are_turned(rows, width, expected, monkeypatch):
-    """Where 128 divides the columns and 256 does not; of an expert with more rows than 8 MiB, Triton does it."""
-    taken = []
-    found = {"weight": (lambda *arguments: True, lambda *arguments: taken.append(arguments[-2]) or arguments[0])}
+    """Where 128 divides the columns and 256 does not; of an expert with more rows than 8 MiB, Triton does it. Added to
+    a gradient as into new memory."""
+    taken, into = [], torch.empty(0)
+    found = {"weight": (lambda *arguments: True, lambda *arguments: taken.append(arguments[-3:-1]) or arguments[0])}
     monkeypatch.setattr(kernels_moe, "_hopper", lambda device: found)
     monkeypatch.setattr(kernels_moe, "weight_gradient", lambda *arguments: arguments[0])
     a, b = (torch.empty(4 * rows, X, dtype=torch.bfloat16, device="meta") for X in (2048, width))
-    kernels_moe.expert_gradient(a, b, None, 4, None, DW)
-    assert taken == expected
-    kernels_moe.expert_gradient(a, b, None, 4, a, DW)  # it does not accumulate
-    assert taken == expected
+    for old in (None, into):
+        taken.clear()
+        kernels_moe.expert_gradient(a, b, None, 4, old, DW)
+        assert [turn for _, turn in taken] == expected
+        assert all(given is old for given, _ in taken)
 
 
 def test_a_kernel_that_does_not_compile_is_tried_once(monkeypatch):
@@ -217,8 +219,8 @@ def test_gpu_hidden_gives_the_bits_of_the_kernels_that_it_replaces(N, D, F, E, K
 )  # fmt: skip
 def test_gpu_weight_gives_the_bits_of_the_kernel_that_it_replaces(N, H, W, E, K, kind, dtype, monkeypatch):
     """As of the up projection; experts of no row, of fewer rows than a stage has, of fewer stages than there are; with
-    tiles as they are, and turned."""
-    from lamoe.kernels_weight import new_weight_gradient
+    tiles as they are, and turned; new, and added to what is there."""
+    from lamoe.kernels_weight import weight_gradient_ahead
 
     torch.manual_seed(0)
     plan, real = sorted_rows(kind, N, E, K)
@@ -227,9 +229,14 @@ def test_gpu_weight_gives_the_bits_of_the_kernel_that_it_replaces(N, H, W, E, K,
     a[real : real + kernels_gemm.PAD] = 0
     a[real + kernels_gemm.PAD :] = float("nan")
     b[:real] = torch.randn(real, W, device="cuda", dtype=dtype)
+    old = torch.randn(E, H, W, device="cuda", dtype=dtype)
     expected = kernels_gemm.weight_gradient(a, b, plan, E, None, DW)
+    added = kernels_gemm.weight_gradient(a, b, plan, E, old.clone(), DW)
     for _, turn in itertools.product(range(10), (False, True)):
-        assert torch.equal(new_weight_gradient(a, b, plan, E, turn, DW), expected)
+        assert torch.equal(weight_gradient_ahead(a, b, plan, E, None, turn, DW), expected)
+        into = old.clone()
+        assert weight_gradient_ahead(a, b, plan, E, into, turn, DW) is into
+        assert torch.equal(into, added)
 
 
 @on_hopper
