@@ -1,5 +1,7 @@
 """What every test begins with: the same seed, and Transformers warns anew of what it says only once."""
 
+import dataclasses
+import functools
 import os
 from contextlib import suppress
 
@@ -11,6 +13,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, which nobody has done yet
 
 with suppress(ImportError):
+    import triton
     from triton.runtime import interpreter
 
     patched: set[int] = set()
@@ -23,6 +26,13 @@ with suppress(ImportError):
         return self.rewrite()(*arguments, **options)
 
     interpreter.InterpretedFunction.__call__ = call_device_function
+    # it looks for overflows, a quarter of its time, and then says nothing of them
+    options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+    interpreter.interpreter_builder.options = options
+
+    scalar_dtype = functools.cache(interpreter._get_np_dtype)  # it makes a table of them at each call
+    address = scalar_dtype(triton.language.uint64)
+    interpreter._get_np_dtype = lambda kind: address if kind.scalar.is_ptr() else scalar_dtype(kind.scalar)
 
 
 @pytest.fixture(autouse=True)
