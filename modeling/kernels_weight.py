@@ -44,8 +44,11 @@ def _tile(t, starts_ptr, DOWN: gl.constexpr, ACROSS: gl.constexpr):
 
 
 @gluon.jit
-def _at(e, row, column, TURNED: gl.constexpr):
-    """Where a piece of a tile begins in dW."""
+def _piece(e, i, j, nth: gl.constexpr, place, TURNED: gl.constexpr):
+    """Where in dW the nth of a tile's eight pieces begins, each of the size of `place`: four of the first 64 rows,
+    four of the others."""
+    row = (2 * i + nth // 4) * place.shape[0]
+    column = (4 * j + nth % 4) * place.shape[1]
     return [e, column, row] if TURNED else [e, row, column]
 
 
@@ -81,24 +84,24 @@ def _copy(a_desc, b_desc, dw_desc, a_s, b_s, old_s, full, free, old_full, old_fr
         if ADD:
             mbarrier.wait(old_free, old_phase)
             mbarrier.expect(old_full, 2 * HALF * COLUMNS * 2)
-            for half in gl.static_range(2):
-                for piece in gl.static_range(4):
-                    at = _at(e, (2 * i + half) * HALF, j * COLUMNS + piece * (COLUMNS // 4), TURNED)
-                    begin_copy(dw_desc, at, old_full, old_s.index(4 * half + piece))
+            for nth in gl.static_range(8):
+                place = old_s.index(nth)
+                begin_copy(dw_desc, _piece(e, i, j, nth, place, TURNED), old_full, place)
             old_phase ^= 1
 
 
 @gluon.jit
-def _store(x, old_s, nth: gl.constexpr, place, desc, e, row, column, ADD: gl.constexpr, TURNED: gl.constexpr):
+def _store(x, old_s, place, desc, e, i, j, nth: gl.constexpr, ADD: gl.constexpr, TURNED: gl.constexpr):
     """Begin to store a tile's nth piece, added to what it was if ADD, through a place, once what was there has been
     read."""
+    at = _piece(e, i, j, nth, place, TURNED)
     if ADD:
         old = old_s.index(nth)
         x += (old.permute((1, 0)) if TURNED else old).load(x.type.layout).to(gl.float32)
     tma.store_wait(1)
     (place.permute((1, 0)) if TURNED else place).store(x.to(place.dtype))
     fence_async_shared()
-    begin_store(desc, _at(e, row, column, TURNED), place)
+    begin_store(desc, at, place)
 
 
 @gluon.jit
@@ -108,7 +111,6 @@ def _multiply(a_s, b_s, old_s, places, full, free, old_full, old_free, dw_desc, 
     """A warpgroup: 64 rows of each tile."""
     HALF: gl.constexpr = a_s.shape[2]
     COLUMNS: gl.constexpr = b_s.shape[2]
-    WIDTH: gl.constexpr = places.shape[2]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     slot = 0
     phase = 0
@@ -126,13 +128,11 @@ def _multiply(a_s, b_s, old_s, places, full, free, old_full, old_free, dw_desc, 
         mbarrier.arrive(free.index(before(slot, STAGES)), count=1, pred=end > start)
         if ADD:
             mbarrier.wait(old_full, old_phase)
-        row = (2 * i + me) * HALF
-        left, right = halves(acc if ADD else acc.to(places.dtype))
+        left, right = halves(acc)
         for side in gl.static_range(2):
             first, second = halves(left if side == 0 else right)
-            column = j * COLUMNS + 2 * side * WIDTH
-            _store(first, old_s, 4 * me + 2 * side, places.index(0), dw_desc, e, row, column, ADD, TURNED)
-            _store(second, old_s, 4 * me + 2 * side + 1, places.index(1), dw_desc, e, row, column + WIDTH, ADD, TURNED)
+            _store(first, old_s, places.index(0), dw_desc, e, i, j, 4 * me + 2 * side, ADD, TURNED)
+            _store(second, old_s, places.index(1), dw_desc, e, i, j, 4 * me + 2 * side + 1, ADD, TURNED)
         if ADD:
             barrier()  # one thread announces for all: each has read
             mbarrier.arrive(old_free, count=1)

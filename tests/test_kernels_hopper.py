@@ -81,12 +81,12 @@ def test_tiles_that_fit(load):
 def test_when_the_tiles_of_a_weight_gradient_are_turned(rows, width, expected, monkeypatch):
     """Where 128 divides the columns and 256 does not; of an expert with more rows than 8 MiB, Triton does it. Added to
     a gradient as into new memory."""
-    taken, into = [], torch.empty(0)
+    taken = []
     found = {"weight": (lambda *arguments: True, lambda *arguments: taken.append(arguments[-3:-1]) or arguments[0])}
     monkeypatch.setattr(kernels_moe, "_hopper", lambda device: found)
     monkeypatch.setattr(kernels_moe, "weight_gradient", lambda *arguments: arguments[0])
     a, b = (torch.empty(4 * rows, X, dtype=torch.bfloat16, device="meta") for X in (2048, width))
-    for old in (None, into):
+    for old in (None, torch.empty(0)):
         taken.clear()
         kernels_moe.expert_gradient(a, b, None, 4, old, DW)
         assert [turn for _, turn in taken] == expected
